@@ -11,11 +11,16 @@ import argparse
 import importlib
 import sys
 import tempfile
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
+
+try:
+    from tqdm import tqdm
+except ImportError as error:
+    sys.exit(f"python -m benchmarks needs tqdm ({error}): pip install tqdm, and matplotlib for the pictures")
 
 from . import environment, peers, regressions, results
 from .options import Options
@@ -44,6 +49,8 @@ _MODULES = {
 _CPU_ONLY = ("backward", "scaling", "transport", "checkpoint", "build", "import")
 _MANY_GPUS = ("train", "memory")  # with fewer GPUs than ranks, only if named
 _DEFAULT_RANKS = 2
+_INTERRUPTED = 130  # as shells report it
+_TOLD = (AssertionError, RuntimeError, OSError)  # whose text says enough; torch's, out of memory too, are RuntimeErrors
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -127,20 +134,28 @@ def bench(args: argparse.Namespace) -> int:
     print(environment.in_words(found))
     if busy := environment.busy_warning():
         print(busy, file=sys.stderr)
+    if args.out is not None and (args.out / results.JSON_NAME).exists():
+        print(f"{args.out} has results of another run, which these will replace", file=sys.stderr)
     rows: list[AnyRow] = []
     failed = []
-    for name in tqdm(args.names or _default_names(options), desc="benchmarks", leave=False, disable=None):
+    names = dict.fromkeys(args.names or _default_names(options))
+    for name in tqdm(names, desc="benchmarks", leave=False, disable=None):
         try:
             new = importlib.import_module(f".{_MODULES[name]}", __package__).run(options)
-        except (AssertionError, RuntimeError) as error:  # torch's errors, including out of memory, are RuntimeErrors
+        except KeyboardInterrupt:
+            ended = ", ".join(dict.fromkeys(row.bench for row in rows))
+            print(f"interrupted in {name}" + f"; {args.out} has {ended}" * bool(args.out and ended), file=sys.stderr)
+            return _INTERRUPTED
+        except Exception as error:  # the other benches run
             failed.append(name)
             why = "the check failed" if isinstance(error, AssertionError) else type(error).__name__
-            tqdm.write(f"\n## {name}\n\nNOT TIMED, {why}: {error}", file=sys.stderr)
+            where = "" if isinstance(error, _TOLD) else traceback.format_exc()
+            tqdm.write(f"\n## {name}\n\nNOT TIMED, {why}: {error}\n{where}", file=sys.stderr)
             continue
-        tqdm.write(f"\n## {name}\n\n{table(new)}")
         rows += new
         if args.out is not None:
             results.write(args.out, found, rows, options.notes)
+        tqdm.write(f"\n## {name}\n\n{table(new)}")
     for text in filter(None, [*options.notes, verdict(rows)]):
         print(text)
     if args.out is not None and rows:
@@ -151,8 +166,8 @@ def bench(args: argparse.Namespace) -> int:
 def _draw(out: Path, rows: Sequence[AnyRow]) -> None:
     try:
         from . import pictures
-    except ImportError:
-        print("no pictures: pip install matplotlib", file=sys.stderr)
+    except ImportError as error:
+        print(f"no pictures ({error}): pip install matplotlib", file=sys.stderr)
         return
     print("\n".join(str(path) for path in pictures.draw(out, rows)))
 

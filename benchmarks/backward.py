@@ -22,7 +22,8 @@ from .timing import clock, in_turns
 
 _WIDTH = 8
 _NUM_PARAMS = 1000
-_OURS, _STAGE_1, _DDP, _PLAIN = "pyzero, stage 2", "pyzero, stage 1", "DDP", "no hooks, nothing sent"
+_OURS, _STAGE_1, _DDP = "pyzero, stage 2", "pyzero, stage 1", "DDP"
+PLAIN = "no hooks, nothing sent"
 _CASES = ("a backward that sends", "a backward in no_sync()", "a second backward in no_sync()")
 _PEER = "ddp"
 
@@ -119,7 +120,7 @@ def _rank() -> None:
     contenders = {_OURS: _ours(num_params, 2), _STAGE_1: _ours(num_params, 1)}
     if spec["ddp"]:
         contenders[_DDP] = _ddp(num_params)
-    contenders[_PLAIN] = _plain(num_params)
+    contenders[PLAIN] = _plain(num_params)
     x = torch.full((2, _WIDTH), 1.0 + dist.get_rank())
     check(contenders, x)
     found = {}

@@ -26,6 +26,7 @@ _NUMEL = 24 * 2**20
 _WIDTH = 2048
 _REPEATS = 5
 _BLOCK = 2**22
+MACHINE = ("torch.save, fsync", "disk: write, fsync", "torch.load", "disk cache: read")
 _BYTES = {"save": 14, "load": 12}  # bf16 weights, masters and two moments; a load makes the weights from the masters
 
 Call = Callable[[], object]
@@ -89,14 +90,15 @@ def _jobs(model: nn.Module, optimizer: Any, folder: Path, numel: int, options: O
     load()
     assert all(map(torch.equal, model.parameters(), before)), "load_checkpoint gives other weights than were saved"
     jobs: dict[str, dict[str, Call]] = {
-        "save": {"pyzero": save, "torch.save, fsync": save_gathered, "disk: write, fsync": write_raw},
-        "load": {"pyzero": load, "torch.load": load_gathered, "disk cache: read": read_raw},
+        "save": {"pyzero": save, MACHINE[0]: save_gathered, MACHINE[1]: write_raw},
+        "load": {"pyzero": load, MACHINE[2]: load_gathered, MACHINE[3]: read_raw},
     }
     if peers.is_there("deepspeed", options):
-        engine = _deepspeed_engine(len(list(model.parameters())))
-        where = str(folder / "deepspeed")
-        jobs["save"]["DeepSpeed ZeRO-2, no fsync"] = lambda: engine.save_checkpoint(where, tag="last")
-        jobs["load"]["DeepSpeed ZeRO-2"] = lambda: engine.load_checkpoint(where, tag="last")
+        with options.trying("DeepSpeed ZeRO-2"):
+            engine = _deepspeed_engine(len(list(model.parameters())))
+            where = str(folder / "deepspeed")
+            jobs["save"]["DeepSpeed ZeRO-2, no fsync"] = lambda: engine.save_checkpoint(where, tag="last")
+            jobs["load"]["DeepSpeed ZeRO-2"] = lambda: engine.load_checkpoint(where, tag="last")
     return jobs
 
 

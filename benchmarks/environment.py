@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import pyzero
-from pyzero.ops import build_spec
+from pyzero.ops import build_spec, registry
 
 from . import peers
 from .options import Options
@@ -29,6 +29,7 @@ def environment(options: Options) -> dict[str, object]:
         "cuda": torch.version.cuda,
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "pyzero": pyzero.__version__,
+        "backend": _backend(options.device),
         "commit": _output("git", "describe", "--always", "--dirty"),
         "python": platform.python_version(),
         "quick": options.quick,
@@ -53,6 +54,16 @@ def busy_warning() -> str | None:
         f"warning: load average {load:.1f} on {build_spec.num_cpus()} CPUs. OpenMP threads wait "
         "for those that the system does not run, now in one contender, now in another: --threads 1 compares fairly."
     )
+
+
+def _backend(device: str) -> str:
+    """The backend that "auto" takes on the device. Without a compiler it is the reference, which is slow."""
+    try:
+        taken = registry.pick("adam_", "auto", torch.device(device))
+    except (RuntimeError, ValueError) as error:
+        return f"none ({error})"
+    name = getattr(taken, "__name__", type(taken).__name__).rpartition(".")[2]
+    return {"CpuBackend": "cpu", "CudaBackend": "cuda", "triton_kernels": "triton"}.get(name, name)
 
 
 def _cpu_model() -> str:

@@ -61,7 +61,7 @@ def relative(rows: Sequence[Row], copy: Row | None = None) -> list[Row]:
     return [
         dataclasses.replace(
             row,
-            times_ours=row.median_s / ours.median_s,
+            times_ours=row.median_s / ours.median_s if ours.median_s else None,
             is_decided=row is ours or is_apart(row, ours),
             percent_of_copy=100 * row.gb_per_s / copy.gb_per_s
             if copy is not None and copy.gb_per_s and row.gb_per_s

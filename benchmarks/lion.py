@@ -9,7 +9,7 @@ from .options import Options
 from .rows import Row
 from .rules import CHECKED_STEPS, OneMoment, run_one_moment
 
-_HYPER = dict(lr=peers.LR, beta1=0.9, beta2=0.99, weight_decay=peers.WEIGHT_DECAY)
+_HYPER = dict(lr=peers.LR, beta1=peers.LION_BETAS[0], beta2=peers.LION_BETAS[1], weight_decay=peers.WEIGHT_DECAY)
 # Each step rounds the weight three times, by 2^-24. The sign is the same, because every step sees the same gradient.
 _CHECK = dict(rtol=2**-22 * CHECKED_STEPS, atol=peers.LR * 2**-18 * CHECKED_STEPS)
 

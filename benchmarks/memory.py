@@ -8,6 +8,7 @@ are the allocator's. They include activations of 16 rows, and for ours up to 64 
 from __future__ import annotations
 
 import gc
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ def run(options: Options) -> list[MemoryRow]:
     rows = []
     for num_ranks in sizes:
         # Only one of ours: a second one would reuse the pages that the first one keeps, without counting them.
-        names = [name for name in chosen(options) if name == OURS or ENTRIES[name].peer is not None]
+        peers = [name for name in chosen(options) if ENTRIES[name].peer is not None]
+        names = [OURS, *(name for name in peers if options.wants(ENTRIES[name].peer))]
         spec = dict(names=names, workload=to_json(workload), device=options.device)
         found = launch(__name__, num_ranks, spec, _MALLOC)
         options.notes.extend(f"{num_ranks} ranks: {note}" for note in found["notes"])
@@ -135,7 +137,7 @@ def _rank() -> None:
         with Options().trying(name):
             ENTRIES[name].make(_TINY, device).step(_TINY.inputs().to(device))
     for name in spec["names"]:
-        with notes.trying(name):
+        with nullcontext() if ENTRIES[name].peer is None else notes.trying(name):
             found[name] = _measure(name, spec, device)
     leave({"bytes": found, "notes": notes.notes})
 

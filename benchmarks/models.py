@@ -42,7 +42,7 @@ def _present(options: Options) -> list[str]:
 
 
 def run(options: Options) -> list[Row]:
-    _check(options)
+    check_step(options)
     rows = []
     for name in _present(options):
         shapes = _MODELS[name]
@@ -103,6 +103,7 @@ def _fp32_makers() -> Made:
         for clips in (False, True):
             name = f"torch{' clip,' * clips} AdamW({kind}=True)"
             made[name] = (_torch(kind, clips), 28 + _CHECKED_BYTES * clips, f"torch-{kind}")
+    made["torch clip folded into AdamW(fused=True)"] = (_folded, 28 + _CHECKED_BYTES, "torch-fused")
     return made
 
 
@@ -139,6 +140,20 @@ def _torch(kind: str, clips: bool) -> Maker:
     return make
 
 
+def _folded(weights: list[Tensor], grads: list[Tensor]) -> Step:
+    """The clip and the check for inf go into fused AdamW, as in the folded variant of peers.MixedStep."""
+    params = _params(weights, grads)
+    optimizer = peers.adamw(params)
+
+    def step() -> None:
+        norm = torch.nn.utils.get_total_norm([param.grad for param in params], foreach=True)
+        optimizer.found_inf = (~torch.isfinite(norm)).float()
+        optimizer.grad_scale = (norm + 1e-6).div(MAX_NORM).clamp(min=1.0)
+        optimizer.step()
+
+    return step
+
+
 def _captured(step: Step) -> Step:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -155,7 +170,7 @@ def _captured(step: Step) -> Step:
     return replay
 
 
-def _check(options: Options) -> None:
+def check_step(options: Options) -> None:
     """Check that the contenders agree after some steps, at a small size."""
     shapes = [3, 64, 4096, 1000] * 5
     weights, grads = inputs(shapes, torch.bfloat16, options)
@@ -172,6 +187,10 @@ def _check(options: Options) -> None:
         check("FusedZeroAdamW, bf16: weights", flat(ours), flat(theirs.weights), **CHECK_BF16)
 
     weights, grads = inputs(shapes, torch.float32, options)
+    folded = [weight.clone() for weight in weights]
+    step = _folded(folded, [grad.clone() for grad in grads])
+    for _ in range(CHECKED_STEPS):
+        step()
     for max_norm in (MAX_NORM, None):
         ours, theirs = (_params([w.clone() for w in weights], [g.clone() for g in grads]) for _ in range(2))
         optimizer = pyzero.FusedZeroAdamW(ours, lr=peers.LR, weight_decay=peers.WEIGHT_DECAY, max_grad_norm=max_norm)
@@ -183,3 +202,5 @@ def _check(options: Options) -> None:
                 torch.nn.utils.clip_grad_norm_(theirs, max_norm, foreach=True)
             peer.step()
         check(f"FusedZeroAdamW, fp32, clipped to {max_norm}: weights", flat(ours), flat(theirs), **CHECK)
+        if max_norm is not None:
+            check("FusedZeroAdamW, fp32, against a folded clip: weights", flat(ours), flat(folded), **CHECK)

@@ -19,6 +19,7 @@ Optimize = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
 Maker = Callable[[Tensor, Tensor], tuple[Parameter, torch.optim.Optimizer]]
 
 LR, WEIGHT_DECAY, MOMENTUM = 1e-3, 1e-2, 0.9
+LION_BETAS = (0.9, 0.99)
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,11 @@ def sgd(params: Any, kind: str = "fused") -> torch.optim.Optimizer:
 def _deepspeed(name: str, device: str) -> Optimize:
     """DeepSpeed's Adam or Lion. `name` is in lower case."""
     kind = ("DeepSpeedCPU" if device == "cpu" else "Fused") + name.capitalize()
-    mode = {"adamw_mode" if device == "cpu" else "adam_w_mode": True} if name == "adam" else {}
+    more: dict[str, Any] = {"betas": LION_BETAS}  # its default is Adam's
+    if name == "adam":
+        more = {"adamw_mode" if device == "cpu" else "adam_w_mode": True}
     make = getattr(importlib.import_module(f"deepspeed.ops.{name}"), kind)
-    return lambda params: make(params, lr=LR, weight_decay=WEIGHT_DECAY, **mode)
+    return lambda params: make(params, lr=LR, weight_decay=WEIGHT_DECAY, **more)
 
 
 def _apex(params: Sequence[Tensor]) -> torch.optim.Optimizer:
@@ -166,7 +169,7 @@ class ForeachLion(torch.optim.Optimizer):
     """Lion (Chen et al. 2023) in torch's foreach calls."""
 
     def __init__(self, params: Sequence[Tensor]) -> None:
-        super().__init__(params, dict(lr=LR, betas=(0.9, 0.99), weight_decay=WEIGHT_DECAY))
+        super().__init__(params, dict(lr=LR, betas=LION_BETAS, weight_decay=WEIGHT_DECAY))
         self._weights = list(params)
         self._exp_avgs = [torch.zeros_like(param) for param in params]
 
@@ -252,7 +255,8 @@ class LibraryStep:
 
     def __init__(self, module: str, weights: Sequence[Tensor], grads: Sequence[Tensor], max_norm: float) -> None:
         self.weights = [Parameter(weight) for weight in weights]
-        self.grads = list(grads)
+        for weight, grad in zip(self.weights, grads, strict=True):
+            weight.grad = grad  # torch clips it in place: later steps find a norm of max_norm, and do the same work
         self.max_norm = max_norm
         make = importlib.import_module(module).FusedAdam
         more = {"capturable": True} if module.startswith("apex") else {}  # apex keeps masters only if capturable
@@ -261,8 +265,6 @@ class LibraryStep:
         )
 
     def step(self) -> None:
-        for weight, grad in zip(self.weights, self.grads, strict=True):
-            weight.grad = grad.clone()  # torch clips in place
         torch.nn.utils.clip_grad_norm_(self.weights, self.max_norm, foreach=True)
         self.optimizer.step()
 

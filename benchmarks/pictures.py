@@ -11,6 +11,7 @@ import matplotlib
 
 from .cost_model import STRATEGIES, Cluster, best_bucket, simulate
 from .harness import MACHINE
+from .results import PICTURES
 from .rows import AnyRow, MemoryRow, Row, verdict
 
 matplotlib.use("Agg")
@@ -27,14 +28,14 @@ _MARKERS = "osD^vP*X"
 def draw(out: Path, rows: Sequence[AnyRow]) -> list[Path]:
     """Draw the pictures for which there are rows."""
     timed = [row for row in rows if isinstance(row, Row)]
-    made = {
-        "roofline.png": (_roofline, [row for row in timed if row.gb_per_s and row.bench in _KERNELS]),
-        "train.png": (_train, _first_case([row for row in timed if row.phases])),
-        "memory.png": (_memory, [row for row in rows if isinstance(row, MemoryRow)]),
-        "parameters.png": (_parameters, [row for row in timed if row.bench == "scaling" and " ranks" not in row.case]),
-        "ranks.png": (_ranks, [row for row in timed if row.bench == "scaling" and row.predicted_s]),
-    }
-    return [_figure(out / name, plot, chosen) for name, (plot, chosen) in made.items() if chosen]
+    made: list[tuple[Callable[[Any, Any], None], Sequence[AnyRow]]] = [
+        (_roofline, [row for row in timed if row.gb_per_s and row.bench in _KERNELS]),
+        (_train, _first_case([row for row in timed if row.phases])),
+        (_memory, [row for row in rows if isinstance(row, MemoryRow)]),
+        (_parameters, [row for row in timed if row.bench == "scaling" and " ranks" not in row.case]),
+        (_ranks, [row for row in timed if row.bench == "scaling" and row.predicted_s]),
+    ]
+    return [_figure(out / name, *one) for name, one in zip(PICTURES, made, strict=True) if one[1]]
 
 
 def _first_case(rows: Sequence[Row]) -> list[Row]:

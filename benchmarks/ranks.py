@@ -19,11 +19,13 @@ from .environment import ROOT
 from .timing import Ticks
 
 _TIMEOUT_S = 600
+_END_S = 10  # for the launcher to end its ranks
+_RESULT = "benchmark result: "  # begins the line of rank 0 that `launch` returns: libraries print lines of their own
 _RANK_TIMEOUT = timedelta(seconds=120)
 
 
 def launch(module: str, num_ranks: int, spec: dict[str, Any], environ: dict[str, str] | None = None) -> Any:
-    """Run `python -m module` on ranks, which get `spec` as JSON. Returns the line of JSON that rank 0 prints.
+    """Run `python -m module` on ranks, which get `spec` as JSON. Returns what rank 0 passes to `leave`.
 
     Raises:
         AssertionError: A rank failed.
@@ -35,6 +37,7 @@ def launch(module: str, num_ranks: int, spec: dict[str, Any], environ: dict[str,
         "OMP_NUM_THREADS": "1",
         **(environ or {}),
     }
+    env.pop("PYZERO_NUM_THREADS", None)  # else ours alone would have more threads than OMP_NUM_THREADS
     what = f"{module.rpartition('.')[2]} on {num_ranks} ranks"
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
@@ -44,12 +47,28 @@ def launch(module: str, num_ranks: int, spec: dict[str, Any], environ: dict[str,
         limit.start()
         try:
             found = _read(process, what)
+            status = process.wait()
         finally:
+            timed_out = limit.finished.is_set()
             limit.cancel()
-        if process.wait() != 0 or found is None:
+            _end(process)
+        if status != 0 or found is None:
             errors.seek(0)
-            raise AssertionError(f"the ranks failed:\n{_cause(errors.read())}")
+            why = f"they took more than {_TIMEOUT_S} s:\n" if timed_out else "\n"
+            raise AssertionError(f"the ranks failed:{why}{_cause(errors.read())}")
     return found
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End the launcher, which ends its ranks, after a Ctrl-C or an error here."""
+    if process.poll() is not None:
+        return
+    process.terminate()
+    try:
+        process.wait(_END_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _read(process: subprocess.Popen[str], what: str) -> Any:
@@ -57,17 +76,19 @@ def _read(process: subprocess.Popen[str], what: str) -> Any:
     assert process.stdout is not None
     with tqdm(total=1, desc=what, leave=False, disable=None) as bar:
         for line in process.stdout:
-            if line.startswith(Ticks.WORD):
-                bar.n, bar.total = map(int, line.split()[1:])
+            before, is_result, result = line.partition(_RESULT)
+            if is_result:
+                found = json.loads(result)
+            elif ticks := Ticks.read(before):
+                bar.n, bar.total = ticks
                 bar.refresh()
-            elif line.startswith("{"):
-                found = json.loads(line)
     return found
 
 
 def _cause(text: str) -> str:
-    """The error of the first rank that raised. The launcher's report follows it, and says less."""
-    return text.partition("torch/distributed/elastic")[0][-2000:] or text[-2000:]
+    """The error of the first rank that raised; if none has, also the launcher's report, which says how one ended."""
+    raised, _, report = text.partition("torch/distributed/elastic")
+    return raised[-2000:] if "Error" in raised else (raised + report)[-2000:]
 
 
 def join() -> tuple[dict[str, Any], torch.device]:
@@ -84,7 +105,7 @@ def join() -> tuple[dict[str, Any], torch.device]:
 def leave(found: Any) -> None:
     """End this rank. `launch` returns what rank 0 passes."""
     if dist.get_rank() == 0:
-        print(json.dumps(found), flush=True)
+        print(_RESULT + json.dumps(found), flush=True)
     dist.destroy_process_group()
 
 

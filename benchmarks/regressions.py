@@ -8,12 +8,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import results
-from .rows import AnyRow, MemoryRow, Row
+from . import backward, checkpoint, harness, results, train_loops
+from .rows import AnyRow, MemoryRow, Row, verdict
 
 _MORE_TIME = 1.1  # two runs of the same code differ by up to this
 _MORE_BYTES = 1.03
-_SAME_MACHINE = ("device", "cpus", "threads", "torch", "quick")
+_SAME_MACHINE = ("device", "cpus", "threads", "torch", "quick", "backend")
+# Rows that are neither ours nor a peer's; in older files, too
+_MACHINE = frozenset((*harness.MACHINE, *checkpoint.MACHINE, train_loops.COMPUTE, backward.PLAIN))
 
 Key = tuple[object, ...]
 
@@ -29,21 +31,31 @@ def main(argv: Sequence[str]) -> int:
         print(f"python -m benchmarks compare: {error}", file=sys.stderr)
         return 2
     for key in _SAME_MACHINE:
-        if old_found.get(key) != new_found.get(key):
-            print(f"warning: {key} was {old_found.get(key)}, is {new_found.get(key)}", file=sys.stderr)
+        if key in old_found and key in new_found and old_found[key] != new_found[key]:
+            print(f"warning: {key} was {old_found[key]}, is {new_found[key]}", file=sys.stderr)
+    for path, rows in ((args.old, old_rows), (args.new, new_rows)):
+        if noisy := verdict(rows):
+            print(f"warning: {path}: {noisy}", file=sys.stderr)
     found, num_compared, missing = regressions(old_rows, new_rows)
     print("\n".join([*found, *(f"not in NEW: {text}" for text in missing)]))
     print(f"{len(found)} regressions in {num_compared} rows of ours")
+    if not num_compared:
+        print("python -m benchmarks compare: no row of ours is in both: run the same benches", file=sys.stderr)
+        return 2
     return 1 if found else 0
 
 
 def regressions(old: Sequence[AnyRow], new: Sequence[AnyRow]) -> tuple[list[str], int, list[str]]:
     """(regressions in words, number of compared rows, missing rows). Only rows of ours are compared."""
     before, after = ({_key(row): row for row in rows} for rows in (old, new))
-    ours = [key for key, row in before.items() if row.peer is None]
+    ours = [key for key, row in before.items() if _is_ours(row)]
     both = [(before[key], after[key]) for key in ours if key in after]
     found = [text for pair in both if (text := _worse(*pair, _drift(pair[0], before, after)))]
     return found, len(both), [_words(before[key]) for key in ours if key not in after]
+
+
+def _is_ours(row: AnyRow) -> bool:
+    return row.peer is None and row.name not in _MACHINE
 
 
 def _key(row: AnyRow) -> Key:
@@ -51,12 +63,12 @@ def _key(row: AnyRow) -> Key:
 
 
 def _drift(row: AnyRow, before: dict[Key, AnyRow], after: dict[Key, AnyRow]) -> float:
-    """How much slower the machine is: the median ratio of the peers' times in the same case, new to old; at least 1."""
+    """How much slower the machine is, at least 1: the median ratio of the others' times in the same case."""
     ratios = [
         after[key].median_s / theirs.median_s
         for key, theirs in before.items()
-        if isinstance(theirs, Row) and theirs.peer and (theirs.bench, theirs.case) == (row.bench, row.case)
-        if key in after
+        if isinstance(theirs, Row) and not _is_ours(theirs) and (theirs.bench, theirs.case) == (row.bench, row.case)
+        if key in after and theirs.median_s
     ]
     return max(statistics.median(ratios), 1.0) if ratios else 1.0
 
@@ -72,8 +84,9 @@ def _worse(old: AnyRow, new: AnyRow, drift: float) -> str | None:
     limit = old.median_s * drift * _MORE_TIME
     if new.median_s <= limit or new.p20_s <= old.p80_s * drift:
         return None
-    text = f"{_words(old)}: {old.median_s * 1e3:.3f} -> {new.median_s * 1e3:.3f} ms, {new.median_s / old.median_s:.2f}x"
-    return text + f" (peers {drift:.2f}x)" * (drift > 1)
+    text = f"{_words(old)}: {old.median_s * 1e3:.3f} -> {new.median_s * 1e3:.3f} ms"
+    text += f", {new.median_s / old.median_s:.2f}x" if old.median_s else ""
+    return text + f" (others {drift:.2f}x)" * (drift > 1)
 
 
 def _words(row: AnyRow) -> str:

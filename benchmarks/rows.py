@@ -31,6 +31,7 @@ class Row:
     hides_host: bool | None = None  # on a GPU: False if they include the host's time
     phases: dict[str, float] | None = None  # median seconds of each phase
     predicted_s: float | None = None  # by the cost model of docs/scaling.md
+    samples_s: Sequence[float] | None = None  # in the order in which they were taken; older files have none
 
     HEAD: ClassVar[tuple[str, ...]] = (
         "case",
@@ -111,15 +112,14 @@ AnyRow = Row | MemoryRow
 
 
 def quantile(samples: Sequence[float], fraction: float) -> float:
-    """The sample at that fraction of the sorted list."""
-    ordered = sorted(samples)
-    return ordered[min(int(fraction * len(ordered)), len(ordered) - 1)]
+    """The sample nearest to that fraction of the sorted list, counted from the least (0) to the largest (1)."""
+    return sorted(samples)[round(fraction * (len(samples) - 1))]
 
 
 def timed_row(bench: str, case: str, name: str, samples: Sequence[float], numel: int = 0, **more: object) -> Row:
     """The row of these samples."""
     low, high = quantile(samples, 0.2), quantile(samples, 0.8)
-    return Row(bench, case, name, numel, statistics.median(samples), low, high, **more)
+    return Row(bench, case, name, numel, statistics.median(samples), low, high, samples_s=list(samples), **more)
 
 
 def is_apart(one: Row, other: Row) -> bool:

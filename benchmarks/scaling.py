@@ -48,6 +48,7 @@ def run(options: Options) -> list[Row]:
 def _by_count(options: Options) -> list[Row]:
     """One rank, with the same number of elements in more and more parameters."""
     numel = options.numel or _COUNTED_NUMEL
+    models.check_step(options)
     rows = []
     for count in _COUNTS[:2] if options.numel else _COUNTS:
         shapes = [max(numel // count, 1)] * count

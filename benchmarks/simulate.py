@@ -6,6 +6,7 @@ Nothing here is measured. `python -m benchmarks scaling` compares the same model
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,13 +22,23 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--tokens-per-rank", type=float, default=8192, metavar="T", help="of one step")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write simulation.md and simulation.png there")
     args = parser.parse_args(argv)
+    for option in ("model_params", "tokens_per_rank"):
+        number = getattr(args, option)
+        if not 1 <= number < float("inf"):
+            parser.error(f"expected --{option.replace('_', '-')} as a number from 1 on, got {number:g}")
     text = report(H100, args.model_params, args.tokens_per_rank)
     print(text)
     if args.out is not None:
-        from . import pictures  # wants matplotlib
-
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "simulation.md").write_text(f"# Simulated, not measured\n\n{text}\n")
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+            (args.out / "simulation.md").write_text(f"# Simulated, not measured\n\n{text}\n")
+        except OSError as error:
+            parser.error(f"got --out {args.out}, wanted a folder to write to ({error.strerror}); pass another")
+        try:
+            from . import pictures
+        except ImportError as error:
+            print(f"no picture ({error}): pip install matplotlib", file=sys.stderr)
+            return 0
         print(pictures.simulation(args.out, H100, args.model_params, args.tokens_per_rank))
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -82,7 +83,7 @@ def _bar(total: int, what: str) -> Any:
 class Ticks:
     """Progress of rank 0 as lines of its output."""
 
-    WORD = "tick"
+    _LINE = re.compile(r"benchmark ticks: (\d+) of (\d+)$")  # libraries print lines of their own
 
     def __init__(self, total: int) -> None:
         self._total = total
@@ -97,7 +98,13 @@ class Ticks:
     def update(self) -> None:
         self._done += 1
         if os.environ["RANK"] == "0":
-            print(self.WORD, self._done, self._total, flush=True)
+            print(f"benchmark ticks: {self._done} of {self._total}", flush=True)
+
+    @classmethod
+    def read(cls, line: str) -> tuple[int, int] | None:
+        """Ticks done and in all, or None if the line is something else."""
+        found = cls._LINE.search(line)
+        return (int(found[1]), int(found[2])) if found else None
 
 
 def flush_cache() -> None:

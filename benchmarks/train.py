@@ -6,8 +6,9 @@ The time of an iteration beyond forward and backward alone is communication and 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from .train_loops import COMPUTE, ENTRIES, MASTERS, OURS, PLAIN, Loop, Marks
 from .workloads import GPT2, LAYERS, Linears, Workload, from_json, num_params, to_json
 
 _WIDTH = {"cpu": 1024, "cuda": 4096}  # of Linears
-_TINY_GPT2 = GPT2(layers=2, width=32, heads=2, context=16, vocabulary=64, tokens=16)
 _BYTES = 75  # of memory per parameter and rank, for the contenders of a part of a large model
 _MOST_REPEATS = 11  # of a large model
 _MEMORY = Path("/proc/meminfo")
@@ -41,34 +41,29 @@ def run(options: Options) -> list[Row]:
         refuse_more_than_gpus(options.ranks)
     width = _WIDTH[options.device] if options.numel is None else max(8, int((options.numel / LAYERS) ** 0.5))
     rows = _time(Linears(width), chosen(options), options)
-    if options.numel is not None:
-        rows += _time_in_parts(_TINY_GPT2, options)
-    elif not options.quick and _fits(GPT2(), options):
-        rows += _time_in_parts(GPT2(), options)
+    if options.numel is None and not options.quick and _fits(GPT2(), options):
+        rows += time_in_parts(GPT2(), options)
     return rows
 
 
-def _time_in_parts(workload: Workload, options: Options) -> list[Row]:
-    """Time a large model: ours first beside peers with masters, then beside those without. All of a part exist at once.
-
-    The second part checks ours no more, because no peer there has masters.
-    """
+def time_in_parts(workload: Workload, options: Options) -> list[Row]:
+    """Time a large model: ours beside peers with masters, then beside those without. All of a part exist at once."""
     rows = []
+    names = chosen(options)
     for of, what in ((MASTERS, "with masters"), (PLAIN, "beside peers without masters")):
-        peers_there = [name for name in chosen(options) if ENTRIES[name].peer and of in (name, ENTRIES[name].same_as)]
-        rows += _time(workload, [OURS, *peers_there, COMPUTE], options, f", {what}", checks_ours=of == MASTERS)
+        peers_there = [name for name in names if ENTRIES[name].peer and of in (name, ENTRIES[name].same_as)]
+        if of == MASTERS or any(options.wants(ENTRIES[name].peer) for name in peers_there):
+            rows += _time(workload, [OURS, *peers_there, COMPUTE], options, f", {what}")
     return rows
 
 
-def _time(
-    workload: Workload, names: list[str], options: Options, what: str = "", checks_ours: bool = True
-) -> list[Row]:
+def _time(workload: Workload, names: list[str], options: Options, what: str = "") -> list[Row]:
     spec = dict(
         names=names,
+        untimed=[name for name in names if not options.wants(ENTRIES[name].peer)],
         workload=to_json(workload),
         repeats=options.repeats if isinstance(workload, Linears) else min(options.repeats, _MOST_REPEATS),
         device=options.device,
-        unchecked=[] if checks_ours else [OURS],
     )
     found = launch(__name__, options.ranks, spec)
     options.notes.extend(found["notes"])
@@ -124,37 +119,66 @@ def _rows(case: str, numel: int, samples: dict[str, list[float]]) -> list[Row]:
 
 def make_loops(spec: dict[str, Any], device: torch.device, notes: Options) -> dict[str, Loop]:
     loops = {}
+
+    def make(name: str) -> None:
+        loops[name] = ENTRIES[name].make(from_json(spec["workload"]), device)
+
     for name in spec["names"]:
-        with notes.trying(name):
-            loops[name] = ENTRIES[name].make(from_json(spec["workload"]), device)
+        if not _succeeds(name, functools.partial(make, name), device, notes):
+            loops.pop(name, None)
     return loops
 
 
-def check(loops: dict[str, Loop], x: torch.Tensor, unchecked: Sequence[str] = ()) -> None:
+def _succeeds(name: str, call: Callable[[], None], device: torch.device, notes: Options) -> bool:
+    """Call it on all ranks. If a peer fails on any, note it. Ours and the peers that ours is checked against raise."""
+    if ENTRIES[name].peer is None or name in (MASTERS, PLAIN):
+        call()
+        return True
+    failed = torch.ones(1, device=device)
+    with notes.trying(name):
+        call()
+        failed.zero_()
+    failed_here = bool(failed)
+    dist.all_reduce(failed, dist.ReduceOp.MAX)
+    if failed and not failed_here:
+        notes.notes.append(f"{name}: not timed, it failed on another rank")
+    return not failed
+
+
+def check(loops: dict[str, Loop], x: torch.Tensor, notes: Options) -> None:
     """Raise AssertionError on all ranks if weights differ between ranks, or have not moved as the peer's have.
 
-    unchecked: Of these only the first.
+    A peer of which this is true is noted instead, and is no longer in `loops`.
     """
-    moves = {}  # of those that others are compared with
-    for name in sorted(loops, key=lambda name: ENTRIES[name].same_as is not None):
-        loop, same_as = loops[name], ENTRIES[name].same_as
-        before = loop.weights()
+    ends: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # weights before and after the steps
+
+    def move(name: str) -> None:
+        before = loops[name].weights()
         for _ in range(_CHECKED_STEPS):
-            loop.step(x)
-        after = loop.weights()
-        if not _alike(after):
-            raise AssertionError(f"{name} left other weights on other ranks: its gradients are not reduced alike")
-        move = after.float() - before.float()
-        if same_as is None:
-            moves[name] = move
-        if same_as is None or name in unchecked:
-            continue
-        distance = float((move - moves[same_as]).norm() / moves[same_as].norm())
-        if not distance <= _CHECK_MOVE:  # nan if nothing moved
-            raise AssertionError(
-                f"{name} moved the weights otherwise than the peer {same_as}: "
-                f"a distance of {distance:.3g} of its move, wanted {_CHECK_MOVE} at most"
-            )
+            loops[name].step(x)
+        ends[name] = before, loops[name].weights()
+
+    for name in sorted(loops, key=lambda name: ENTRIES[name].same_as is not None):
+        calls = (functools.partial(move, name), functools.partial(_compare, name, ends))
+        if not all(_succeeds(name, call, x.device, notes) for call in calls):  # no rank compares if one has failed
+            del loops[name]
+        if ENTRIES[name].same_as is not None:
+            ends.pop(name, None)  # of a large model, all would take much memory
+
+
+def _compare(name: str, ends: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    same_as = ENTRIES[name].same_as
+    if not _alike(ends[name][1]):
+        raise AssertionError(f"{name} left other weights on other ranks: its gradients are not reduced alike")
+    if same_as not in ends:  # it is one of those that others are compared with, or ours in the second part
+        return
+    move, peers_move = (after.float() - before.float() for before, after in (ends[name], ends[same_as]))
+    distance = float((move - peers_move).norm() / peers_move.norm())
+    if not distance <= _CHECK_MOVE:  # nan if nothing moved
+        raise AssertionError(
+            f"{name} moved the weights otherwise than the peer {same_as}: "
+            f"a distance of {distance:.3g} of its move, wanted {_CHECK_MOVE} at most"
+        )
 
 
 def _alike(weights: torch.Tensor) -> bool:
@@ -171,7 +195,9 @@ def _rank() -> None:
     notes = Options()
     loops = make_loops(spec, device, notes)
     x = from_json(spec["workload"]).inputs().to(device)
-    check(loops, x, spec["unchecked"])
+    check(loops, x, notes)
+    for name in spec["untimed"]:
+        del loops[name]
     phases: dict[str, list[dict[str, float]]] = {name: [] for name in loops}
 
     def sample(name: str) -> float:

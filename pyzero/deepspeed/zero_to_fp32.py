@@ -38,10 +38,11 @@ def get_fp32_state_dict_from_zero_checkpoint(
         raise ValueError(
             "got exclude_frozen_parameters=True, which is not supported; pass it to engine.save_checkpoint"
         )
-    folder = deepspeed_files.folder(Path(checkpoint_dir), tag)
+    directory = Path(checkpoint_dir)
+    folder = deepspeed_files.folder(directory, tag)
     if files.find(folder) is not None:
         return fp32_state_dict(folder)
-    theirs = from_deepspeed.read(checkpoint_dir, tag)
+    theirs = from_deepspeed.read(directory, tag)
     masters = {name: values["master"] for name, values in theirs.params.items()}
     found = {name: masters.get(name, value) for name, value in theirs.module.items()}
     found = {name: value.float() if value.is_floating_point() else value for name, value in found.items()}

@@ -2,9 +2,12 @@
 
 import functools
 import json
+import os
 import re
+import statistics
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -12,9 +15,23 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import __main__ as bench
-from benchmarks import gpu_timer, harness, peers, results, rows, timing, train, train_loops, workloads
+from benchmarks import (
+    checkpoint,
+    gpu_timer,
+    harness,
+    memory,
+    peers,
+    results,
+    rows,
+    step_scalars,
+    timing,
+    train,
+    train_loops,
+    workloads,
+)
 from benchmarks.options import Options
 from pyzero import ops
+from pyzero.ops import registry
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["--numel", "5000"]
@@ -45,6 +62,7 @@ def test_prints_a_table_and_writes_files(name, tmp_path, capsys):
     found = report["rows"]
     assert {row["bench"] for row in found} == {name}
     assert all(row["p20_s"] <= row["median_s"] <= row["p80_s"] for row in found)
+    assert all(row["median_s"] == statistics.median(row["samples_s"]) for row in found)
     for case in {row["case"] for row in found}:
         ours, *others = [row for row in found if row["case"] == case]
         assert ours["name"].startswith("pyzero") and ours["times_ours"] == 1 and ours["peer"] is None
@@ -66,8 +84,7 @@ def test_on_ranks(name, tmp_path, capsys):
         whole = [row for row in found if row.phases]
         assert {"FSDP2", "DDP", "FusedZeroAdamW"} <= {row.name.replace(",", " ").split()[0] for row in whole}
         assert all({"forward", "backward", "step"} == row.phases.keys() for row in whole)
-        assert {"16 x Linear(17)", "GPT-2 (0.028M)"} == {row.case.split(", ")[1] for row in whole}
-        assert len(found) == 2 * len(whole) - 2, "beyond compute, but for compute"
+        assert len(found) == 2 * len(whole) - 1, "beyond compute, but for compute"
     if name == "memory":
         ours = [row for row in found if row.peer is None]
         assert [row.num_ranks for row in ours] == [1, 2]
@@ -131,6 +148,7 @@ _RIGHT = {name: getattr(ops, name) for name in ops.__all__}
         ("step", "adam_", _wrong_adam),
         ("step", "unscale_", _wrong_unscale),
         ("models", "adam_", _wrong_adam),
+        ("scaling", "adam_", _wrong_adam),
     ],
 )
 def test_a_wrong_op_is_not_timed(name, op, wrong, monkeypatch, capsys):
@@ -139,6 +157,25 @@ def test_a_wrong_op_is_not_timed(name, op, wrong, monkeypatch, capsys):
     captured = capsys.readouterr()
     assert "NOT TIMED" in captured.err and "differs from the peer" in captured.err
     assert f"## {name}" not in captured.out
+
+
+@pytest.mark.parametrize("name", ["train", "memory"])
+@pytest.mark.parametrize(("asked", "kinds"), [("none", {None}), ("fsdp2", {None, "fsdp2"})])
+def test_a_loop_that_is_only_checked_against_is_not_timed(name, asked, kinds, monkeypatch):
+    """DDP, if --peers does not name it."""
+    specs = []
+
+    def launch(module, num_ranks, spec, environ=None):
+        specs.append(spec)
+        names = [one for one in spec["names"] if one not in spec.get("untimed", ())]
+        phases = {one: [{"forward": 1.0, "backward": 2.0, "step": 3.0}] for one in names}
+        return {"phases": phases, "bytes": dict.fromkeys(names, (1, 2)), "notes": []}
+
+    module = {"train": train, "memory": memory}[name]
+    monkeypatch.setattr(module, "launch", launch)
+    found = module.run(Options(numel=5000, peers=frozenset({asked} - {"none"})))
+    assert {row.peer for row in found} == kinds
+    assert name != "train" or {train_loops.MASTERS, train_loops.PLAIN} <= {*specs[0]["names"]}
 
 
 class NeverReduces(train_loops.Loop):
@@ -163,13 +200,69 @@ def checked_beside_ddp(group, loop, width):
     names = [train_loops.OURS, train_loops.MASTERS]
     loops = {name: train_loops.ENTRIES[name].make(workload, device) for name in names}
     x = workload.inputs()
-    train.check(loops, x)
+    train.check(loops, x, Options())
     fresh = {train_loops.MASTERS: train_loops.ENTRIES[train_loops.MASTERS].make(workload, device)}
     try:
-        train.check(fresh | {"other": loop(model, train_loops._Masters(list(model.parameters())))}, x)
+        train.check(fresh | {"other": loop(model, train_loops._Masters(list(model.parameters())))}, x, Options())
     except AssertionError as error:
         return str(error)
     return "passed"
+
+
+class FailsOnRankOne(train_loops.Loop):
+    """After the collectives, so that no rank waits."""
+
+    def _update(self):
+        if dist.get_rank() == 1:
+            raise KeyError("HOME")
+
+
+def notes_of_a_peer(group, loop, peer, width):
+    """What the check of `train` notes of such a loop if it is a peer, and what is left to time."""
+    device, notes = torch.device("cpu"), Options()
+    workload = workloads.Linears(width)
+    model = train_loops.make_model(workload, device)
+    train_loops.ENTRIES["other"] = train_loops.Entry(None, peer=peer, same_as=train_loops.MASTERS)
+    loops = {name: train_loops.ENTRIES[name].make(workload, device) for name in (train_loops.OURS, train_loops.MASTERS)}
+    loops["other"] = loop(model, train_loops._Masters(list(model.parameters())))
+    train.check(loops, workload.inputs(), notes)
+    return notes.notes, list(loops)
+
+
+@pytest.mark.parametrize(
+    ("loop", "word"),
+    [
+        (NeverReduces, "other left other weights on other ranks"),
+        (SendsRankZeros, "moved the weights otherwise"),
+        (FailsOnRankOne, "failed on another rank"),
+    ],
+)
+def test_a_peer_that_fails_or_differs_on_ranks_is_left_out_on_all(ranks, loop, word):
+    for notes, names in ranks.run(4, notes_of_a_peer, loop, "deepspeed", 17)[:1]:
+        assert len(notes) == 1 and notes[0].startswith("other: not timed, ") and word in notes[0]
+        assert names == [train_loops.OURS, train_loops.MASTERS]
+
+
+def what_fails(group, name):
+    """What making the loops of `train` says or notes if one of them cannot be made."""
+    entry, notes = train_loops.ENTRIES[name], Options()
+    broken = train_loops.Entry(lambda width, device: [][1], peer=entry.peer, same_as=entry.same_as)
+    train_loops.ENTRIES[name] = broken
+    try:
+        made = train.make_loops({"names": [name], "workload": ["Linears", {"width": 8}]}, torch.device("cpu"), notes)
+    except IndexError as error:
+        return str(error)
+    finally:
+        train_loops.ENTRIES[name] = entry
+    return [*made, *notes.notes]
+
+
+def test_only_a_peer_may_fail(ranks):
+    """Without ours, every ratio would be to another contender."""
+    for name in (train_loops.OURS, train_loops.MASTERS):
+        assert ranks.run(4, what_fails, name) == ["list index out of range"] * 4
+    name = "DeepSpeed ZeRO-2, AdamW(fused)"
+    assert ranks.run(4, what_fails, name) == [[f"{name}: not timed, IndexError: list index out of range"]] * 4
 
 
 @pytest.mark.parametrize(
@@ -194,6 +287,24 @@ def test_as_a_user_types_it(tmp_path):
     assert "## loss_scale" in done.stdout and (tmp_path / "results.json").exists()
     modules = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - {"__init__", "__main__"}
     assert not modules & {"build", *sys.stdlib_module_names}, "a script of this folder would import it instead"
+
+
+def test_checkpoints_without_a_peer_that_fails(monkeypatch, tmp_path):
+    def fails(num_layers):
+        raise RuntimeError("no launcher")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkpoint, "_WIDTH", 64)
+    monkeypatch.setattr(checkpoint, "_deepspeed_engine", fails)
+    monkeypatch.setattr(peers, "is_there", lambda key, options: True)
+    options = Options(numel=4096)
+    found = checkpoint.run(options)
+    assert options.notes == ["DeepSpeed ZeRO-2: not timed, RuntimeError: no launcher"]
+    assert {(row.case, row.name) for row in found if row.name not in checkpoint.MACHINE} == {
+        ("save", "pyzero"),
+        ("load", "pyzero"),
+    }
+    assert not [*tmp_path.iterdir()]
 
 
 def test_import_is_measured(capsys):
@@ -265,6 +376,15 @@ def test_no_committed_run_is_too_noisy_to_judge():
     assert found and not [path for path in found if "TOO NOISY TO JUDGE" in path.read_text()]
 
 
+@pytest.mark.slow
+def test_a_large_model_is_timed_beside_peers_with_and_without_masters():
+    tiny = workloads.GPT2(layers=2, width=32, heads=2, context=16, vocabulary=64, tokens=16)
+    found = [row for row in train.time_in_parts(tiny, Options(numel=5000)) if row.phases]
+    cases = {what: [row.name for row in found if what in row.case] for what in ("with masters", "without masters")}
+    assert all(names[0] == train_loops.OURS and names[-1] == train_loops.COMPUTE for names in cases.values())
+    assert train_loops.MASTERS in cases["with masters"] and train_loops.PLAIN in cases["without masters"]
+
+
 def test_a_model_that_does_not_fit_is_named_and_left_out(monkeypatch, tmp_path):
     told = tmp_path / "meminfo"
     monkeypatch.setattr(train, "_MEMORY", told)
@@ -274,6 +394,12 @@ def test_a_model_that_does_not_fit_is_named_and_left_out(monkeypatch, tmp_path):
         options = Options()
         assert train.run(options) == ["16 x Linear(1024)", *timed]
         assert ("GPT-2 (124M): not timed" in " ".join(options.notes)) is (not timed)
+
+
+def test_the_documents_name_the_commits_of_the_committed_runs():
+    text = (ROOT / "docs" / "measured.md").read_text()
+    for path in (ROOT / "benchmarks" / "results").rglob("results.json"):
+        assert results.read(path)[0]["commit"] in text, path
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/measured.md"])
@@ -329,6 +455,154 @@ def test_a_peer_that_fails_or_differs_is_named_and_left_out(monkeypatch, tmp_pat
     assert "broken: not timed, RuntimeError: no compiler" in text
     assert "slow: not timed, AssertionError: adam_ against slow: master differs from the peer" in text
     assert not {"broken", "slow"} & {row.name for row in results.read(tmp_path)[1]}
+
+
+@pytest.mark.parametrize("error", [SystemExit("bye"), KeyError("bye")])
+def test_whatever_a_peer_raises_the_run_goes_on(monkeypatch, capsys, error):
+    def broken(params):
+        raise error
+
+    found = peers.adamw_peers(Options()) | {"broken": ("apex", peers._maker(broken))}
+    monkeypatch.setattr(peers, "adamw_peers", lambda options: found)
+    assert bench.main(["adam", *TINY]) == 0
+    assert f"broken: not timed, {type(error).__name__}: " in capsys.readouterr().out
+
+
+class LionOfDeepSpeed(peers.ForeachLion):
+    """It takes 1 as the sign of 0, as DeepSpeed's does."""
+
+    @torch.no_grad()
+    def step(self):
+        for param in self._weights:
+            param.mul_(1 - peers.LR * peers.WEIGHT_DECAY).sub_(torch.where(param.grad >= 0, 1.0, -1.0), alpha=peers.LR)
+
+
+def test_a_lion_with_another_sign_of_zero_is_timed(monkeypatch, capsys):
+    """A gradient of exactly 0 is rare, and must not decide whom pyzero is compared with."""
+    normal = peers.normal
+    monkeypatch.setattr(peers, "normal", lambda *args, **kwargs: normal(*args, **kwargs).index_fill_(0, ZERO, 0.0))
+    found = peers.lion_peers(Options()) | {"with a sign": ("deepspeed", peers._maker(LionOfDeepSpeed))}
+    monkeypatch.setattr(peers, "lion_peers", lambda options: found)
+    assert bench.main(["lion", *TINY]) == 0
+    out = capsys.readouterr().out
+    assert "not timed" not in out and "| with a sign" in out
+
+
+ZERO = torch.tensor([7])
+
+
+def test_every_lion_has_the_same_betas(monkeypatch):
+    """DeepSpeed's default is (0.9, 0.999)."""
+    made = {}
+    fake = types.SimpleNamespace(DeepSpeedCPULion=lambda params, **options: made.update(options))
+    monkeypatch.setitem(sys.modules, "deepspeed.ops.lion", fake)
+    peers._deepspeed("lion", "cpu")([])
+    assert made == {"lr": peers.LR, "weight_decay": peers.WEIGHT_DECAY, "betas": (0.9, 0.99)}
+
+
+def test_a_library_copies_no_gradient_in_its_step(monkeypatch):
+    """A copy would cost it 4 bytes of some 34 per element, and nothing else in the comparison pays that."""
+    fake = types.SimpleNamespace(FusedAdam=lambda params, **options: torch.optim.SGD(params, lr=0.0))
+    monkeypatch.setitem(sys.modules, "apex.optimizers", fake)
+    weights, grads = [torch.zeros(8)], [torch.full((8,), 3.0)]
+    step = peers.LibraryStep("apex.optimizers", weights, grads, 1.0)
+    step.step()
+    assert step.weights[0].grad.data_ptr() == grads[0].data_ptr()
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), OSError("disk full"), AttributeError("no")])
+def test_a_bench_that_fails_leaves_the_others(monkeypatch, tmp_path, capsys, error):
+    def fails(options):
+        raise error
+
+    monkeypatch.setattr(step_scalars, "run", fails)
+    assert bench.main(["step_scalars", "loss_scale", *TINY, "--out", str(tmp_path)]) == 1
+    captured = capsys.readouterr()
+    assert "## step_scalars" in captured.err and "NOT TIMED" in captured.err and str(error) in captured.err
+    assert "## loss_scale" in captured.out and {row.bench for row in results.read(tmp_path)[1]} == {"loss_scale"}
+
+
+def test_a_bench_that_is_named_twice_runs_once(capsys):
+    assert bench.main(["loss_scale", "loss_scale", *TINY]) == 0
+    assert capsys.readouterr().out.count("## loss_scale") == 1
+
+
+def test_ctrl_c_leaves_what_has_ended(monkeypatch, tmp_path, capsys):
+    def interrupted(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(step_scalars, "run", interrupted)
+    assert bench.main(["loss_scale", "step_scalars", *TINY, "--out", str(tmp_path)]) == 130
+    assert f"interrupted in step_scalars; {tmp_path} has loss_scale\n" in capsys.readouterr().err
+    assert {row.bench for row in results.read(tmp_path)[1]} == {"loss_scale"}
+    assert bench.main(["step_scalars", *TINY, "--out", str(tmp_path)]) == 130
+    assert "interrupted in step_scalars\n" in capsys.readouterr().err, "what is there is of another run"
+
+
+def test_a_closed_pipe_loses_no_result(monkeypatch, tmp_path):
+    """`python -m benchmarks ... --out DIR | head -1`."""
+
+    def closed(text, **options):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(bench.tqdm, "write", closed)
+    with pytest.raises(BrokenPipeError):
+        bench.main(["loss_scale", *TINY, "--out", str(tmp_path)])
+    assert {row.bench for row in results.read(tmp_path)[1]} == {"loss_scale"}
+
+
+def test_no_picture_of_another_run_stays(tmp_path, capsys):
+    assert bench.main(["pack", *TINY, "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "roofline.png").exists() and "another run" not in capsys.readouterr().err
+    (tmp_path / "mine.png").touch()
+    assert bench.main(["loss_scale", *TINY, "--out", str(tmp_path)]) == 0
+    assert f"{tmp_path} has results of another run, which these will replace" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "results.md", "mine.png"}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_the_backend_is_told(monkeypatch, tmp_path, capsys, backend):
+    """Without a compiler, or by PYZERO_BACKEND, pyzero is as slow as the reference."""
+    if reason := registry.BACKENDS[backend].unavailable_reason("cpu"):
+        pytest.skip(reason)
+    registry.forget()
+    monkeypatch.setenv("PYZERO_BACKEND", backend)
+    assert bench.main(["loss_scale", *TINY, "--out", str(tmp_path)]) == 0
+    registry.forget()
+    assert f"\nbackend: {backend}\n" in capsys.readouterr().out
+    assert results.read(tmp_path)[0]["backend"] == backend
+
+
+def test_a_missing_package_is_named(tmp_path):
+    for name in ("tqdm", "matplotlib"):
+        (tmp_path / f"{name}.py").write_text(f"raise ImportError('no {name}')")
+
+    def run(*arguments):
+        environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+        command = [sys.executable, "-m", "benchmarks", *arguments]
+        return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
+
+    done = run("loss_scale")
+    assert done.returncode == 1 and done.stderr.startswith("python -m benchmarks needs tqdm (no tqdm): pip")
+    (tmp_path / "tqdm.py").unlink()
+    done = run("simulate", "--out", str(tmp_path / "out"))
+    assert done.returncode == 0 and "no picture (no matplotlib): pip install matplotlib" in done.stderr
+    assert "Simulated, not measured" in (tmp_path / "out" / "simulation.md").read_text()
+
+
+@pytest.mark.parametrize("option", ["--model-params", "--tokens-per-rank"])
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf"])
+def test_no_impossible_model_is_simulated(option, value, capsys):
+    with pytest.raises(SystemExit) as found:
+        bench.main(["simulate", option, value])
+    assert found.value.code == 2 and f"expected {option} as a number from 1 on, got {value}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [1, 3, 5, 7, 11, 15, 31])
+def test_quantiles_are_as_far_from_either_end(number):
+    samples = list(range(number))
+    low, high = rows.quantile(samples, 0.2), rows.quantile(samples[::-1], 0.8)
+    assert low == number - 1 - high and abs(low - 0.2 * (number - 1)) <= 0.5
 
 
 def test_the_cache_is_cold(monkeypatch):
