@@ -21,8 +21,8 @@ def check_setuptools(version):
     """Refuse a setuptools that cannot read pyproject.toml."""
     if int(version.partition(".")[0]) < OLDEST_SETUPTOOLS:
         raise SystemExit(
-            f"expected setuptools from {OLDEST_SETUPTOOLS}, got {version}; pip install --upgrade setuptools, or install "
-            f"without --no-build-isolation"
+            f"expected setuptools from {OLDEST_SETUPTOOLS}, got {version}; pip install --upgrade setuptools, or "
+            f"leave out --no-build-isolation"
         )
 
 
