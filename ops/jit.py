@@ -90,6 +90,19 @@ def last_failure(kind: Kind) -> str | None:
     return None
 
 
+def import_failure(kind: Kind) -> str | None:
+    """Return why the module that was built at first use cannot be imported; None if it can, or if there is none."""
+    with contextlib.suppress(OSError, RuntimeError):  # nothing to build with, or no home folder
+        spec = make_spec(kind)
+        module = module_path(spec, env.cache_dir())
+        if module.exists():
+            try:
+                import_file(spec.name, module)
+            except JitError as error:
+                return str(error)
+    return None
+
+
 def load(kind: Kind) -> ModuleType:
     """Return the module for this machine. Build it if the cache folder lacks it. Raises JitError."""
     if reason := unavailable_reason(kind):

@@ -17,6 +17,7 @@ import pytest
 import torch
 from toys import toy_spec, write_toy
 
+from pyzero import report
 from pyzero.ops import build_spec, jit, native, registry
 from pyzero.ops.jit import JitError
 from pyzero.ops.registry import BackendUnavailableError
@@ -288,6 +289,41 @@ def test_a_stale_module_is_named_and_not_used(
     monkeypatch.setenv("PYZERO_JIT", "0")
     with pytest.raises(BackendUnavailableError, match="is stale.*PYZERO_JIT=0"):
         registry.pick("adam_", "cpu", CPU)
+
+
+def test_a_module_that_cannot_be_imported_is_named_and_built_anew(
+    cache: Path, csrc: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """As in a wheel built against libraries that this machine lacks."""
+    foreign = tmp_path / "_native_cpu.so"
+    wanted = build_spec.source_hash(build_spec.CSRC, build_spec.cpu_sources())
+    foreign.write_text(f"pyzero-stamp:{wanted}:0::\0")
+    monkeypatch.setattr(native, "ahead_of_time_path", lambda kind: foreign if kind == "cpu" else None)
+    monkeypatch.setattr(jit, "make_spec", lambda kind: toy_spec(csrc))
+    assert native.load("cpu").answer == 42
+    assert f"cannot import {foreign}" in caplog.text
+
+    registry.forget()
+    monkeypatch.setenv("PYZERO_JIT", "0")
+    with pytest.raises(BackendUnavailableError, match="cannot import.*PYZERO_JIT=0"):
+        registry.pick("adam_", "cpu", CPU)
+    registry.forget()
+    text = "\n".join(report.lines())
+    assert f"cpu, ahead of time: cannot import {foreign}" in text
+    on_cpu = text.partition("ops on cpu tensors")[2].partition("ops on cuda")[0]
+    assert "auto takes reference; cuda no, cpu no" in on_cpu and "no cpu: cannot import" in on_cpu
+
+
+def test_a_report_names_a_broken_file_in_the_cache(cache: Path, csrc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or one that cannot be imported because its file system is mounted noexec."""
+    monkeypatch.setattr(jit, "make_spec", lambda kind: toy_spec(csrc))
+    path = jit.module_path(toy_spec(csrc), cache)
+    cache.mkdir()
+    path.write_bytes(b"not a module")
+    text = "\n".join(report.lines())
+    assert f"cpu, at first use: cannot import {path}" in text
+    on_cpu = text.partition("ops on cpu tensors")[2].partition("ops on cuda")[0]
+    assert "auto takes reference; cuda no, cpu no" in on_cpu and "no cpu: what was built at first use cannot" in on_cpu
 
 
 def test_a_module_without_code_for_the_gpu_is_not_used(
