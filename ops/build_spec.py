@@ -34,7 +34,9 @@ _EXACT_FLAGS = ("-O3", "-fno-fast-math", "-fno-unsafe-math-optimizations", "-fno
 # Without -fno-math-errno, sqrtf is not vectorised.
 _HOST_FLAGS = ("-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-pthread")
 _CXX_FLAGS = (*_EXACT_FLAGS, "-std=c++17", *_HOST_FLAGS)
-_NVCC_FLAGS = ("-O3", "-std=c++17", "--fmad=false", "-Xcompiler", ",".join(_HOST_FLAGS))
+# Each of what -use_fast_math in $NVCC_APPEND_FLAGS would change: a flag of its own comes before it.
+_NVCC_EXACT_FLAGS = ("--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true")
+_NVCC_FLAGS = ("-O3", "-std=c++17", *_NVCC_EXACT_FLAGS, "-Xcompiler", ",".join(_HOST_FLAGS))
 _X86_ISA_FLAGS = {
     "baseline": (),
     "avx2": ("-mavx2", "-mf16c"),
