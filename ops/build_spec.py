@@ -26,6 +26,7 @@ CSRC = Path(__file__).resolve().parent.parent / "csrc"
 EXT_SUFFIX: str = sysconfig.get_config_var("EXT_SUFFIX") or ".so"
 DEFAULT_CUDA_ARCHS = ("80", "90", "100")
 MAX_OUTPUT_LINES = 60
+MAX_REASON = 300  # characters
 
 # First, so that what $CXX adds (as in "g++ -ffast-math") changes no bit and loses no NaN. Also in the link: there it
 # would make the whole process flush subnormals to zero.
@@ -296,7 +297,8 @@ def _output(command: Sequence[str]) -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, errors="replace", check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
-        raise ToolchainError(f"{shlex.join(command)} failed: {error}") from error
+        said = " ".join(str(getattr(error, "stderr", None) or error).split())[:MAX_REASON]
+        raise ToolchainError(f"{shlex.join(command)} failed: {said}; set CXX or CUDA_HOME to another compiler") from error
 
 
 def _execute(command: Sequence[str]) -> None:

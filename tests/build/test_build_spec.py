@@ -152,6 +152,11 @@ def test_a_missing_compiler_is_named_with_the_remedy(tmp_path: Path, monkeypatch
         build_spec.find_cxx()
     with pytest.raises(ToolchainError, match="--version failed"):
         build_spec.compiler_version(("no-such-compiler",))
+    broken = tmp_path / "broken-c++"
+    broken.write_text("#!/bin/sh\necho no room in the inn >&2\nexit 1\n")
+    broken.chmod(0o755)
+    with pytest.raises(ToolchainError, match="--version failed: no room in the inn; set CXX"):
+        build_spec.compiler_version((str(broken),))
 
 
 @pytest.mark.parametrize(
