@@ -298,7 +298,7 @@ def _output(command: Sequence[str]) -> str:
         return subprocess.run(command, capture_output=True, text=True, errors="replace", check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         said = " ".join(str(getattr(error, "stderr", None) or error).split())[:MAX_REASON]
-        raise ToolchainError(f"{shlex.join(command)} failed: {said}; set CXX or CUDA_HOME to another compiler") from error
+        raise ToolchainError(f"{shlex.join(command)} failed: {said}; set CXX or CUDA_HOME to another") from error
 
 
 def _execute(command: Sequence[str]) -> None:
