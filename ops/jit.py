@@ -175,7 +175,8 @@ def _build_into(spec: Spec, module: Path) -> None:
             _note_of_failure(module).write_text(f"{error}\n", encoding="utf-8", errors="replace")
         raise JitError(
             f"building {spec.name} failed:\n{error}\n"
-            'Remedy: try another compiler (CXX, CUDA_HOME), or do without (backend="reference" or PYZERO_JIT=0).'
+            "Remedy: if a disk is full, make room or set PYZERO_CACHE_DIR and TMPDIR; else try another compiler (CXX, "
+            'CUDA_HOME), or do without (backend="reference" or PYZERO_JIT=0).'
         ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
