@@ -297,7 +297,7 @@ def _output(command: Sequence[str]) -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, errors="replace", check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
-        said = " ".join(str(getattr(error, "stderr", None) or error).split())[:MAX_REASON]
+        said = " ".join(str(getattr(error, "stderr", None) or error).split())[:MAX_REASON].rstrip(".")
         raise ToolchainError(f"{shlex.join(command)} failed: {said}; set CXX or CUDA_HOME to another") from error
 
 
