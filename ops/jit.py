@@ -10,6 +10,7 @@ import shutil
 import stat
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +26,7 @@ except ImportError:  # not POSIX: without a lock several processes may compile, 
 
 Kind = Literal["cpu", "cuda"]
 _SECONDS = {"cpu": 15, "cuda": 30}  # told to the user; measured with 2 cores and one CUDA architecture
+_PATIENCE_S = 120  # of a process that waits for another one's build
 
 log = logging.getLogger("pyzero")
 
@@ -204,7 +206,14 @@ def _flock(file: TextIO, name: str) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         log.info("waiting for another process to build %s", name)
-        fcntl.flock(file, fcntl.LOCK_EX)
+        text = "still waiting for another process to build %s: end it, or set PYZERO_CACHE_DIR to another folder"
+        impatience = threading.Timer(_PATIENCE_S, log.warning, (text, name))
+        impatience.daemon = True
+        impatience.start()
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        finally:
+            impatience.cancel()
     except OSError:
         return False
     return True

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -117,6 +118,25 @@ def test_a_killed_build_leaves_no_lock_and_no_half_module(cache: Path, csrc: Pat
         assert not list(cache.glob("*.build"))
     finally:
         os.killpg(killed.pid, signal.SIGKILL)
+
+
+def test_a_process_that_hangs_in_a_build_is_told_of(
+    cache: Path, csrc: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A stopped process, or a compiler that waits for a file system: the others would wait without a word."""
+    monkeypatch.setattr(jit, "_PATIENCE_S", 0.05)
+    cache.mkdir()
+    lock = jit.module_path(toy_spec(csrc), cache).with_suffix(".lock")
+    with lock.open("a") as held:
+        jit.fcntl.flock(held, jit.fcntl.LOCK_EX)
+        waiting = threading.Thread(target=jit.build, args=(toy_spec(csrc),))
+        waiting.start()
+        deadline = time.monotonic() + TIMEOUT_S
+        while "still waiting" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.02)
+    waiting.join(TIMEOUT_S)
+    assert f"still waiting for another process to build {lock.stem}" in caplog.text
+    assert jit.module_path(toy_spec(csrc), cache).exists()
 
 
 def test_a_cache_that_cannot_be_written(
