@@ -8,11 +8,35 @@ import shutil
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).resolve().parent
+OLDEST_SETUPTOOLS = 77  # as in pyproject.toml, which only build isolation follows
+
+
+def check_setuptools(version):
+    """Refuse a setuptools that cannot read pyproject.toml."""
+    if int(version.partition(".")[0]) < OLDEST_SETUPTOOLS:
+        raise SystemExit(
+            f"expected setuptools from {OLDEST_SETUPTOOLS}, got {version}; pip install --upgrade setuptools, or "
+            f"leave out --no-build-isolation"
+        )
+
+
+def restore_links():
+    """Make the two links again where a zip was unpacked without them: pip leaves files that hold the links' targets."""
+    for name in ("ops", "csrc"):
+        place = HERE / "pyzero" / name
+        if place.is_file():
+            link = place.with_name(f"{name}.link")
+            try:
+                link.symlink_to(Path("..", name))
+                link.replace(place)
+            except OSError as error:
+                raise SystemExit(f"expected {place} to be a link: {error}; replace it by a copy of {name}") from error
 
 
 def load(name):
@@ -24,6 +48,8 @@ def load(name):
     return module
 
 
+check_setuptools(setuptools.__version__)
+restore_links()
 env = load("env")
 build_spec = load("build_spec")
 

@@ -17,6 +17,7 @@ import sysconfig
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,12 +26,18 @@ CSRC = Path(__file__).resolve().parent.parent / "csrc"
 EXT_SUFFIX: str = sysconfig.get_config_var("EXT_SUFFIX") or ".so"
 DEFAULT_CUDA_ARCHS = ("80", "90", "100")
 MAX_OUTPUT_LINES = 60
+MAX_REASON = 300  # characters
 
+# First, so that what $CXX adds (as in "g++ -ffast-math") changes no bit and loses no NaN. Also in the link: there it
+# would make the whole process flush subnormals to zero.
+_EXACT_FLAGS = ("-O3", "-fno-fast-math", "-fno-unsafe-math-optimizations", "-fno-finite-math-only")
 # No -march=native, because a wheel runs on other machines. Contraction is off, because an fma would change the bits.
 # Without -fno-math-errno, sqrtf is not vectorised.
 _HOST_FLAGS = ("-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-pthread")
-_CXX_FLAGS = ("-O3", "-std=c++17", *_HOST_FLAGS)
-_NVCC_FLAGS = ("-O3", "-std=c++17", "--fmad=false", "-Xcompiler", ",".join(_HOST_FLAGS))
+_CXX_FLAGS = (*_EXACT_FLAGS, "-std=c++17", *_HOST_FLAGS)
+# Each of what -use_fast_math in $NVCC_APPEND_FLAGS would change: a flag of its own comes before it.
+_NVCC_EXACT_FLAGS = ("--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true")
+_NVCC_FLAGS = ("-O3", "-std=c++17", *_NVCC_EXACT_FLAGS, "-Xcompiler", ",".join(_HOST_FLAGS))
 _X86_ISA_FLAGS = {
     "baseline": (),
     "avx2": ("-mavx2", "-mf16c"),
@@ -87,7 +94,8 @@ class Spec:
     def build_hash(self) -> str:
         """Return the hash of the sources and of everything else that affects the module."""
         units = [(unit.source, unit.flags, unit.tag) for unit in self.units]
-        what = (self.name, self.source_hash(), units, self.flags, self.link_flags, self.fingerprint)
+        flags = (*self.compiler[1:], *self.flags)  # the compiler itself is in the fingerprint
+        what = (self.name, self.source_hash(), units, flags, self.link_flags, self.fingerprint)
         return _digest([repr(what).encode()])
 
     def compile_commands(self, build_dir: Path) -> list[list[str]]:
@@ -181,7 +189,7 @@ def cpu_spec(cxx: Sequence[str], root: Path = CSRC, machine: str = platform.mach
             units += [Unit(source, (f"-DPYZERO_ISA={isa}", *flags), tag=isa) for isa, flags in isas.items()]
         else:
             units.append(Unit(source, have))
-    link = ("-shared", "-pthread", "-ldl", *_macos_link_flags())
+    link = (*_EXACT_FLAGS, "-shared", "-pthread", "-ldl", *_macos_link_flags())
     print_as = _fingerprint(cxx)
     return Spec("_native_cpu", root, tuple(units), tuple(cxx), _CXX_FLAGS, link, python_includes(), print_as)
 
@@ -221,6 +229,11 @@ def default_cuda_archs(nvcc: Sequence[str]) -> list[str]:
 
 def find_cxx(asked: Sequence[str] = ()) -> tuple[str, ...]:
     """Return the C++ compiler's command: `asked` ($CXX), c++, g++ or clang++. Raises ToolchainError."""
+    for word in takewhile(lambda word: not word.startswith("-"), asked):  # such a module would lack C++'s library
+        if found := re.fullmatch(r"(.*-)?(gcc|clang|cc)(-[0-9.]+)?", Path(word).name):
+            prefix, name, version = (part or "" for part in found.groups())
+            wanted = prefix + {"gcc": "g++", "clang": "clang++", "cc": "c++"}[name] + version
+            raise ToolchainError(f"expected a C++ compiler, got CXX={shlex.join(asked)} for C; set CXX={wanted}")
     for command in [tuple(asked)] if asked else [("c++",), ("g++",), ("clang++",)]:
         if os.name == "posix" and shutil.which(command[0]):
             return command
@@ -284,7 +297,8 @@ def _output(command: Sequence[str]) -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, errors="replace", check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
-        raise ToolchainError(f"{shlex.join(command)} failed: {error}") from error
+        said = " ".join(str(getattr(error, "stderr", None) or error).split())[:MAX_REASON].rstrip(".")
+        raise ToolchainError(f"{shlex.join(command)} failed: {said}; set CXX or CUDA_HOME to another") from error
 
 
 def _execute(command: Sequence[str]) -> None:

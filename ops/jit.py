@@ -10,6 +10,7 @@ import shutil
 import stat
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +26,7 @@ except ImportError:  # not POSIX: without a lock several processes may compile, 
 
 Kind = Literal["cpu", "cuda"]
 _SECONDS = {"cpu": 15, "cuda": 30}  # told to the user; measured with 2 cores and one CUDA architecture
+_PATIENCE_S = 120  # of a process that waits for another one's build
 
 log = logging.getLogger("pyzero")
 
@@ -87,6 +89,19 @@ def last_failure(kind: Kind) -> str | None:
     with contextlib.suppress(OSError, RuntimeError):  # nothing noted, or nothing to build with
         module = module_path(make_spec(kind), env.cache_dir())
         return None if module.exists() else _note_of_failure(module).read_text(encoding="utf-8", errors="replace")
+    return None
+
+
+def import_failure(kind: Kind) -> str | None:
+    """Return why the module that was built at first use cannot be imported; None if it can, or if there is none."""
+    with contextlib.suppress(OSError, RuntimeError):  # nothing to build with, or no home folder
+        spec = make_spec(kind)
+        module = module_path(spec, env.cache_dir())
+        if module.exists():
+            try:
+                import_file(spec.name, module)
+            except JitError as error:
+                return str(error)
     return None
 
 
@@ -162,7 +177,8 @@ def _build_into(spec: Spec, module: Path) -> None:
             _note_of_failure(module).write_text(f"{error}\n", encoding="utf-8", errors="replace")
         raise JitError(
             f"building {spec.name} failed:\n{error}\n"
-            'Remedy: try another compiler (CXX, CUDA_HOME), or do without (backend="reference" or PYZERO_JIT=0).'
+            "Remedy: if a disk is full, make room or set PYZERO_CACHE_DIR and TMPDIR; else try another compiler (CXX, "
+            'CUDA_HOME), or do without (backend="reference" or PYZERO_JIT=0).'
         ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -190,7 +206,14 @@ def _flock(file: TextIO, name: str) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         log.info("waiting for another process to build %s", name)
-        fcntl.flock(file, fcntl.LOCK_EX)
+        text = "still waiting for another process to build %s: end it, or set PYZERO_CACHE_DIR to another folder"
+        impatience = threading.Timer(_PATIENCE_S, log.warning, (text, name))
+        impatience.daemon = True
+        impatience.start()
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        finally:
+            impatience.cancel()
     except OSError:
         return False
     return True

@@ -35,6 +35,7 @@ log = logging.getLogger("pyzero")
 
 _SOURCES = {"cpu": build_spec.cpu_sources, "cuda": build_spec.cuda_sources}
 _loading = threading.Lock()
+_import_failures: dict[Kind, str] = {}  # of modules that pip built, as with an older C++ library on this machine
 
 
 def ahead_of_time_path(kind: Kind) -> Path | None:
@@ -47,6 +48,8 @@ def ahead_of_time_path(kind: Kind) -> Path | None:
 def unusable_reason(kind: Kind) -> str | None:
     """Return why the module that pip built does not fit the sources in the package, or this machine; or None."""
     path = ahead_of_time_path(kind)
+    if kind in _import_failures:
+        return _import_failures[kind]
     if path is None or not build_spec.CSRC.is_dir():
         return None
     stamp = build_spec.read_stamp(path)
@@ -92,23 +95,36 @@ def load(kind: Kind) -> ModuleType:
     return loaded
 
 
+def import_ahead_of_time(kind: Kind) -> ModuleType | None:
+    """Return the module that pip built; None if there is none, or if it is unusable: `unusable_reason` knows why."""
+    path = ahead_of_time_path(kind)
+    if path is None or unusable_reason(kind) is not None:
+        return None
+    try:
+        return jit.import_file(f"_native_{kind}", path)
+    except JitError as error:
+        _import_failures[kind] = str(error)
+        return None
+
+
 @functools.cache
 def _load(kind: Kind) -> ModuleType | JitError:
-    path = ahead_of_time_path(kind)
+    module = import_ahead_of_time(kind)
+    if module is not None:
+        return module
     unusable = unusable_reason(kind)
+    if unusable is not None:
+        log.warning("%s", unusable)
     try:
-        if path is not None and unusable is None:
-            return jit.import_file(f"_native_{kind}", path)
-        if unusable is not None:
-            log.warning("%s", unusable)
         return jit.load(kind)
     except JitError as error:
-        return error
+        return error if unusable is None else JitError(f"{unusable}; {error}")
 
 
 def forget() -> None:
     """Forget loaded modules, so that the next load() looks again. For tests that change the environment."""
     _load.cache_clear()
+    _import_failures.clear()
     backend.cache_clear()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 
@@ -15,6 +16,8 @@ _CLOSED_PIPE = 128 + 13  # what a shell makes of a command that SIGPIPE, signal 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status. Ends quietly once nobody reads what it prints, as before `| head`."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # of what its encoding lacks, as in a path in a report
     try:
         try:
             return _run(argv)

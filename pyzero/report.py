@@ -108,6 +108,7 @@ def _modules() -> Iterator[str]:
 
     kinds: tuple[jit.Kind, ...] = ("cpu", "cuda")
     for kind in kinds:
+        native.import_ahead_of_time(kind)  # a wheel built elsewhere may ask for libraries that are not here
         path, unusable = native.ahead_of_time_path(kind), native.unusable_reason(kind)
         if path is None:
             yield f"{kind}, ahead of time: not built"
@@ -119,6 +120,9 @@ def _modules() -> Iterator[str]:
                 yield f"{kind}, at first use: cannot be built: {reason}"
                 continue
             module = jit.module_path(jit.make_spec(kind), env.cache_dir())
+            if failure := jit.import_failure(kind):
+                yield f"{kind}, at first use: {failure}"
+                continue
             if failure := jit.last_failure(kind):
                 yield f"{kind}, at first use: the last build failed, and each start tries again, {module}"
                 yield from (f"  {line}" for line in failure.splitlines()[:_FAILURE_LINES])
@@ -131,12 +135,14 @@ def _modules() -> Iterator[str]:
 
 
 def _failed_build(backend: str) -> str | None:
-    """Return why a backend's next build will most likely fail, because the last one did; None if it did not."""
+    """Return why a backend's next build or import will most likely fail, because the last one did; or None."""
     from pyzero.ops import jit, native
 
     kinds: tuple[jit.Kind, ...] = ("cpu", "cuda")
     for kind in kinds:
         needs_build = native.ahead_of_time_path(kind) is None or native.unusable_reason(kind) is not None
+        if kind == backend and needs_build and jit.import_failure(kind):
+            return "what was built at first use cannot be imported: see native modules"
         if kind == backend and needs_build and jit.last_failure(kind):
             return "the last build failed: see native modules"
     return None

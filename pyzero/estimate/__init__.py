@@ -24,6 +24,7 @@ from pyzero.update_rule import UpdateRule
 
 __all__ = ["DTYPES", "Estimate", "estimate", "estimate_numel", "table"]
 
+_MOST_BUCKETS = 100_000  # or blocks, of estimate_numel: they are counted one by one
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -117,6 +118,8 @@ def estimate_numel(
         raise ValueError(
             f"expected tensor_parallel and num_blocks from 1, got {tensor_parallel} and {num_blocks}; correct them"
         )
+    if num_blocks > _MOST_BUCKETS:
+        raise ValueError(f"expected num_blocks up to {_MOST_BUCKETS}, got {num_blocks}; pass fewer")
     check_bucket_cap(bucket_cap_mb)
     own, on_gpu = ceil_div(num_params, tensor_parallel), cpu_offload or on_gpu
     setup = Setup(
@@ -158,5 +161,10 @@ def _with_gathered(shards: Estimate, gathered: int, num_params: int) -> Estimate
 def _evenly(num_params: int, element_bytes: int, bucket_bytes: int) -> list[Shape]:
     """Return shapes of parameters that fill the buckets."""
     whole = max(bucket_bytes // element_bytes // GRANULE * GRANULE, GRANULE)
+    if num_params // whole > _MOST_BUCKETS:
+        raise ValueError(
+            f"expected at most {_MOST_BUCKETS} buckets on a rank, got {num_params // whole} for {num_params} "
+            f"parameters; pass a larger bucket_cap_mb"
+        )
     sizes = [whole] * (num_params // whole) + [num_params % whole] * (num_params % whole > 0)
     return [Shape(size, element_bytes, is_trained=True) for size in sizes]

@@ -1,6 +1,7 @@
 """What is built and how: flags, instruction sets, hashes, and what is said when a compiler is missing."""
 
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -28,9 +29,20 @@ def test_a_wheel_runs_elsewhere_and_keeps_its_bits(tmp_path: Path) -> None:
     specs = [build_spec.cpu_spec(("c++",)), build_spec.cuda_spec((str(make_fake_nvcc(tmp_path)),))]
     for spec in specs:
         commands = "\n".join(" ".join(command) for command in spec.compile_commands(tmp_path))
-        assert not re.search(r"march=native|fast.math|ftz|prec-", commands)
+        assert not re.search(r"march=native|(?<!-fno-)fast.math|ftz(?!=false)|prec-(?!.{3,4}=true)", commands)
         assert commands.count("-ffp-contract=off") == len(spec.units) + 1  # the stamp
     assert "--fmad=false" in specs[1].flags
+
+
+@pytest.mark.parametrize("added", [(), ("-ffast-math",), ("-Ofast",), ("-ffinite-math-only",)])
+def test_what_cxx_adds_changes_no_bit(tmp_path: Path, added: tuple[str, ...]) -> None:
+    """With them adam_ gives other bits, no op sees a NaN, and the whole process may flush subnormals to zero."""
+    spec = build_spec.cpu_spec(("c++", *added))
+    defined = subprocess.run([*spec.compiler, *spec.flags, "-dM", "-E", "-x", "c++", "/dev/null"], capture_output=True)
+    macros = dict(re.findall(r"^#define (\w+) (.*)$", defined.stdout.decode(), re.MULTILINE))
+    assert "__FAST_MATH__" not in macros and macros["__FINITE_MATH_ONLY__"] == "0"
+    link = [*spec.compiler, "-###", *spec.link_command(tmp_path, tmp_path / "module.so")[len(spec.compiler) :]]
+    assert "crtfastmath" not in subprocess.run(link, capture_output=True, text=True).stderr
 
 
 def test_kernels_are_compiled_once_per_instruction_set() -> None:
@@ -70,6 +82,7 @@ def test_the_hash_follows_all_that_shapes_the_module(tmp_path: Path) -> None:
     others = [
         replace(spec, flags=("-O3",)),
         replace(spec, fingerprint="another compiler"),
+        replace(spec, compiler=("c++", "-march=native")),
         replace(spec, name="_other"),
     ]
     others += [replace(spec, units=(replace(spec.units[0], flags=("-mavx2",)),)), replace(spec, link_flags=())]
@@ -139,6 +152,27 @@ def test_a_missing_compiler_is_named_with_the_remedy(tmp_path: Path, monkeypatch
         build_spec.find_cxx()
     with pytest.raises(ToolchainError, match="--version failed"):
         build_spec.compiler_version(("no-such-compiler",))
+    broken = tmp_path / "broken-c++"
+    broken.write_text("#!/bin/sh\necho no room in the inn >&2\nexit 1\n")
+    broken.chmod(0o755)
+    with pytest.raises(ToolchainError, match="--version failed: no room in the inn; set CXX"):
+        build_spec.compiler_version((str(broken),))
+
+
+@pytest.mark.parametrize(
+    ("asked", "wanted"),
+    [("gcc", "g++"), ("/usr/bin/cc", "c++"), ("ccache clang-14", "clang++-14"), ("amd64-gnu-gcc -m64", "gnu-g++")],
+)
+def test_a_c_compiler_is_refused(asked: str, wanted: str) -> None:
+    """It compiles C++, and links a module that cannot be imported ("undefined symbol")."""
+    with pytest.raises(ToolchainError, match=re.escape(wanted)):
+        build_spec.find_cxx(tuple(asked.split()))
+
+
+def test_a_compiler_of_any_other_name_is_taken() -> None:
+    for asked in ("c++", "g++", "ccache g++", "c++ -B/opt/cc/gcc"):
+        if shutil.which(asked.split()[0]):
+            assert build_spec.find_cxx(tuple(asked.split())) == tuple(asked.split())
 
 
 def test_setup_can_read_it_without_the_package() -> None:

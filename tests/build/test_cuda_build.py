@@ -47,6 +47,16 @@ def find_nvcc() -> tuple[str, ...]:
         pytest.skip(f"no cuda compiler: {error}")
 
 
+def test_what_the_environment_adds_changes_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NVCC_APPEND_FLAGS", "-use_fast_math")
+    spec = build_spec.cuda_spec(find_nvcc(), ("90",))
+    flags = [flag for flag in spec.flags if "gencode" not in flag]
+    (tmp_path / "divide.cu").write_text("__global__ void divide(float* x) { *x = sqrtf(*x / (x[1] * x[2] + x[3])); }\n")
+    subprocess.run([*spec.compiler, *flags, "-arch=sm_90", "--ptx", "divide.cu"], cwd=tmp_path, check=True)
+    ptx = (tmp_path / "divide.ptx").read_text()
+    assert "div.rn.f32" in ptx and "sqrt.rn.f32" in ptx and not re.search(r"ftz|approx|fma", ptx)
+
+
 def find_cuobjdump() -> str:
     folders = [None, "/usr/local/cuda/bin"]
     try:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,6 +18,7 @@ import pytest
 import torch
 from toys import toy_spec, write_toy
 
+from pyzero import report
 from pyzero.ops import build_spec, jit, native, registry
 from pyzero.ops.jit import JitError
 from pyzero.ops.registry import BackendUnavailableError
@@ -118,6 +120,25 @@ def test_a_killed_build_leaves_no_lock_and_no_half_module(cache: Path, csrc: Pat
         os.killpg(killed.pid, signal.SIGKILL)
 
 
+def test_a_process_that_hangs_in_a_build_is_told_of(
+    cache: Path, csrc: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A stopped process, or a compiler that waits for a file system: the others would wait without a word."""
+    monkeypatch.setattr(jit, "_PATIENCE_S", 0.05)
+    cache.mkdir()
+    lock = jit.module_path(toy_spec(csrc), cache).with_suffix(".lock")
+    with lock.open("a") as held:
+        jit.fcntl.flock(held, jit.fcntl.LOCK_EX)
+        waiting = threading.Thread(target=jit.build, args=(toy_spec(csrc),))
+        waiting.start()
+        deadline = time.monotonic() + TIMEOUT_S
+        while "still waiting" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.02)
+    waiting.join(TIMEOUT_S)
+    assert f"still waiting for another process to build {lock.stem}" in caplog.text
+    assert jit.module_path(toy_spec(csrc), cache).exists()
+
+
 def test_a_cache_that_cannot_be_written(
     cache: Path, csrc: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
@@ -212,7 +233,7 @@ def test_an_edited_source_is_built_anew(cache: Path, csrc: Path) -> None:
 
 def test_a_failed_build_has_the_output_and_the_remedy(cache: Path, csrc: Path) -> None:
     write_toy(csrc, answer="no_such_name")
-    with pytest.raises(JitError, match=r"(?s)toy\.cpp.*no_such_name.*Remedy: .*CXX"):
+    with pytest.raises(JitError, match=r"(?s)toy\.cpp.*no_such_name.*Remedy: if a disk is full, .*TMPDIR.*CXX"):
         jit.build(toy_spec(csrc))
     assert not list(cache.glob("*.build")) and not list(cache.glob("*.so"))
 
@@ -288,6 +309,41 @@ def test_a_stale_module_is_named_and_not_used(
     monkeypatch.setenv("PYZERO_JIT", "0")
     with pytest.raises(BackendUnavailableError, match="is stale.*PYZERO_JIT=0"):
         registry.pick("adam_", "cpu", CPU)
+
+
+def test_a_module_that_cannot_be_imported_is_named_and_built_anew(
+    cache: Path, csrc: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """As in a wheel built against libraries that this machine lacks."""
+    foreign = tmp_path / "_native_cpu.so"
+    wanted = build_spec.source_hash(build_spec.CSRC, build_spec.cpu_sources())
+    foreign.write_text(f"pyzero-stamp:{wanted}:0::\0")
+    monkeypatch.setattr(native, "ahead_of_time_path", lambda kind: foreign if kind == "cpu" else None)
+    monkeypatch.setattr(jit, "make_spec", lambda kind: toy_spec(csrc))
+    assert native.load("cpu").answer == 42
+    assert f"cannot import {foreign}" in caplog.text
+
+    registry.forget()
+    monkeypatch.setenv("PYZERO_JIT", "0")
+    with pytest.raises(BackendUnavailableError, match="cannot import.*PYZERO_JIT=0"):
+        registry.pick("adam_", "cpu", CPU)
+    registry.forget()
+    text = "\n".join(report.lines())
+    assert f"cpu, ahead of time: cannot import {foreign}" in text
+    on_cpu = text.partition("ops on cpu tensors")[2].partition("ops on cuda")[0]
+    assert "auto takes reference; cuda no, cpu no" in on_cpu and "no cpu: cannot import" in on_cpu
+
+
+def test_a_report_names_a_broken_file_in_the_cache(cache: Path, csrc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or one that cannot be imported because its file system is mounted noexec."""
+    monkeypatch.setattr(jit, "make_spec", lambda kind: toy_spec(csrc))
+    path = jit.module_path(toy_spec(csrc), cache)
+    cache.mkdir()
+    path.write_bytes(b"not a module")
+    text = "\n".join(report.lines())
+    assert f"cpu, at first use: cannot import {path}" in text
+    on_cpu = text.partition("ops on cpu tensors")[2].partition("ops on cuda")[0]
+    assert "auto takes reference; cuda no, cpu no" in on_cpu and "no cpu: what was built at first use cannot" in on_cpu
 
 
 def test_a_module_without_code_for_the_gpu_is_not_used(

@@ -181,6 +181,31 @@ def test_without_a_compiler_the_install_succeeds(tmp_path: Path) -> None:
     assert not list((tmp_path / "env").rglob("ghost.py"))
 
 
+def test_a_zip_unpacked_without_links(tmp_path: Path) -> None:
+    """As pip and uv unpack the zip of a repository: a link becomes a file that holds its target."""
+    checkout = copy_checkout(tmp_path / "checkout")
+    for name in ("ops", "csrc"):
+        (checkout / "pyzero" / name).unlink()
+        (checkout / "pyzero" / name).write_text(f"../{name}")
+    python = make_environment(tmp_path / "env")
+    install(python, checkout, cwd=tmp_path, PYZERO_BUILD="none")
+    assert succeed(python, "-c", USE, cwd=tmp_path, PYZERO_JIT="0").startswith(str(tmp_path / "env"))
+    assert (checkout / "pyzero" / "ops").is_symlink(), "so that an editable install works, too"
+
+
+def test_an_old_setuptools_without_build_isolation(checkout: Path, tmp_path: Path) -> None:
+    """65.5 lies in every new environment of Python 3.10 and 3.11, and cannot read pyproject.toml."""
+    fake = tmp_path / "setuptools"
+    (fake / "command").mkdir(parents=True)
+    (fake / "__init__.py").write_text('__version__ = "65.5.0"\nExtension = setup = None\n')
+    for name in ("build", "build_ext"):
+        (fake / "command" / f"{name}.py").write_text(f"class {name}: pass\n")
+    done = run(sys.executable, "setup.py", "--version", cwd=checkout, PYTHONPATH=str(tmp_path), PYZERO_BUILD="none")
+    assert done.returncode != 0
+    assert "expected setuptools from 77, got 65.5.0; pip install --upgrade setuptools" in done.stderr
+    assert '"setuptools>=77"' in (ROOT / "pyproject.toml").read_text()
+
+
 @pytest.mark.parametrize(
     ("build", "said"), [("cpu", "no C++ compiler"), ("cuda", "no nvcc"), ("all", "no C++ compiler")]
 )

@@ -237,6 +237,9 @@ def test_what_stage_3_does_not_count_is_refused(wrong):
         ("--stage 3 --ranks 8 --accumulate", "accumulates only in stages 1 and 2"),
         ("--stage 2 --ranks 8 --blocks 4", "got it with stage 2 and 8"),
         ("--stage 3 --blocks 4", "got it with stage 3 and 1"),
+        ("--ranks 8 --bucket-cap-mb 0.001", "7000000000 parameters; pass a larger bucket_cap_mb"),
+        ("--model-params 1e30", "expected at most 100000 buckets"),
+        ("--stage 3 --ranks 2 --blocks 99999999999999999999999", "expected num_blocks up to 100000"),
     ],
 )
 def test_so_it_is_on_the_command_line(wrong, said, capsys):

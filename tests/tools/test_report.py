@@ -35,6 +35,13 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not (tmp_path / "cache").exists(), "a report builds nothing"
 
 
+def test_a_path_that_the_terminal_cannot_show(tmp_path: Path) -> None:
+    environ = {**os.environ, "PYZERO_CACHE_DIR": str(tmp_path / "ü"), "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "pyzero", "report"]
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and f"{tmp_path}/\\xfc/_native_cpu" in done.stdout
+
+
 @pytest.mark.parametrize("unbuffered", ["", "1"], ids=["at exit", "at a line"])
 @pytest.mark.parametrize("command", ["report", "estimate --model-params 7e9", "--help"])
 def test_a_reader_that_leaves_early(command: str, unbuffered: str) -> None:
