@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LAYERS = 16  # of Linears
+_BLOCK_LAYERS = 4  # FSDP2 takes longer with blocks of one (docs/experiments.md)
 
 
 class Model(Protocol):
     """A module, called with a rank's inputs."""
 
-    layers: nn.Module  # its blocks, in order: FSDP2 shards one at a time
+    blocks: nn.Module  # in order; FSDP2 shards one at a time
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """The loss, 0-D fp32."""
@@ -77,10 +78,12 @@ class Linears:
 class _Linears(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(*[nn.Linear(width, width) for _ in range(LAYERS)])
+        layers = [nn.Linear(width, width) for _ in range(LAYERS)]
+        blocks = (layers[begin : begin + _BLOCK_LAYERS] for begin in range(0, LAYERS, _BLOCK_LAYERS))
+        self.blocks = nn.Sequential(*[nn.Sequential(*block) for block in blocks])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x).float().square().mean()
+        return self.blocks(x).float().square().mean()
 
 
 # ---- GPT-2 ----------------------------------------------------------------------------------------------------------
@@ -115,7 +118,7 @@ class GPT(nn.Module):
         super().__init__()
         self.tokens = nn.Embedding(sizes.vocabulary, sizes.width)
         self.places = nn.Embedding(sizes.context, sizes.width)
-        self.layers = nn.ModuleList(
+        self.blocks = nn.ModuleList(
             nn.TransformerEncoderLayer(
                 sizes.width,
                 sizes.heads,
@@ -134,8 +137,8 @@ class GPT(nn.Module):
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         x = self.tokens(inputs) + self.places.weight[: inputs.shape[1]]
         mask = nn.Transformer.generate_square_subsequent_mask(inputs.shape[1], device=x.device, dtype=x.dtype)
-        for layer in self.layers:
-            x = layer(x, src_mask=mask, is_causal=True)
+        for block in self.blocks:
+            x = block(x, src_mask=mask, is_causal=True)
         logits = F.linear(self.norm(x), self.tokens.weight)
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
