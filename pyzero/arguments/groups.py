@@ -107,14 +107,9 @@ def _meant_option(name: str, known: set[str], given: set[str]) -> str | None:
     return None if is_longer else close
 
 
-def check_no_grad(group: dict[str, Any]) -> None:
-    """Raise ValueError if a parameter has a gradient. For groups that join an optimizer with a loss scale.
-
-    Nobody knows whether such a gradient carries the loss scale.
-    """
-    for index, param in enumerate(group["params"]):
-        if param.grad is not None:
-            raise ValueError(
-                f"expected no gradients in a group that is added to an optimizer with a loss scale, got .grad in "
-                f"parameter {index}; add the group before backward, or set p.grad = None"
-            )
+def have_grads_error(name: str) -> ValueError:
+    """Make the error for a gradient of a parameter that joins an optimizer with a loss scale."""
+    return ValueError(
+        f"expected no gradients of parameters that join an optimizer with a loss scale, for nobody knows whether they "
+        f"carry it, got .grad of {name}; set p.grad = None, and run optimizer.backward(loss) after you add them"
+    )

@@ -481,6 +481,20 @@ def test_groups_and_state_edited_by_hand(how):
     assert all(param == 1 for param in params)
 
 
+def test_parameters_that_are_appended():
+    named = [(name, nn.Parameter(torch.ones(3))) for name in "ab"]
+    optimizer = pyzero.FusedZeroAdamW(named[:1])
+    (_, param), (_, new) = named
+    optimizer.param_groups[0]["params"].append(new)
+    (param + new * math.nan).sum().backward()
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.skipped_steps == 1 and len(optimizer.state) == 2
+    optimizer.param_groups[0]["params"].append(param)
+    with pytest.raises(ValueError, match="each parameter once in param_groups, got 1 that were appended"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("cls", [pyzero.FusedZeroAdamW, pyzero.FusedZeroSGD, pyzero.ZeroMuon])
 def test_appended_groups_that_are_refused_can_be_mended(cls):
     params = [nn.Parameter(torch.ones(3, 3)) for _ in range(2)]

@@ -273,6 +273,22 @@ FOUND: list[tuple[str, Program, Config]] = [
         ],
         Config((((5,), "fp32", False),) * 2, size=1, loss_scale=8.0),
     ),
+    (
+        "unscale_ of GradScaler unscales parameters that were appended, and those unfrozen in no_sync()",
+        [("append", 0), ("grad_scaler", 1, True, None, None, (63, 63))],
+        Config((((5,), "fp32", False),), (((5,), "fp32", False),)),
+    ),
+    (
+        "a frozen parameter that was appended joins, and its gradient is averaged in the backward after it is unfrozen",
+        [
+            ("append", 0),
+            ("step",),
+            ("thaw", 1),
+            ("backward", 2, False, True, (63, 63), None),
+            ("read", "norm", 1),
+        ],
+        Config((((5,), "fp32", False),), (((5,), "fp32", True),)),
+    ),
 ]
 
 
@@ -415,6 +431,10 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def add_group(self) -> None:
         self.then("add_group")
+
+    @rule(number=st.sampled_from([None, 0, 1, 2]))
+    def append(self, number: int | None) -> None:
+        self.then("append", number)
 
     @rule(change=OPTIONS, index=INDICES)
     def option(self, change: tuple[str, Any], index: int) -> None:

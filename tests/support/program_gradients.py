@@ -143,12 +143,13 @@ class GradOps:
             grads = [grads[index].double() for grads in by_rank if index in grads]
             model.add(index, torch.stack(grads).sum(0) / self.config.num_parts)
         model.local |= used
+        everywhere = set.intersection(*map(set, by_rank))
         if not is_round and not model.alone:
-            everywhere = set.intersection(*map(set, by_rank))
             model.carried |= everywhere
             model.norms_apart |= model.has_norms and not all(by_rank)
         if is_round:
             model.reduce()
+            model.carried |= everywhere - model.new
 
     def do_read(self, what: str, index: int) -> None:
         if self.quiet:
@@ -171,7 +172,7 @@ class GradOps:
             optimizer.state_dict()
         elif what == "full_state_dict":
             optimizer.full_state_dict(to=0)
-            model.placed |= model.added & model.trained
+            model.join()
         elif what == "model":
             copy.deepcopy(self.module).load_state_dict(self.module.state_dict())
         elif what == "full_master":
@@ -188,7 +189,7 @@ class GradOps:
         if model.alone and (self.config.loss_scale is not None or model.clipped):
             return  # `.grad` includes the loss scale, and lacks the clip factor
         known = model.grads[index].value is not None
-        if not (known if model.alone else index in model.carried) or model.norms_apart:
+        if not (known if model.alone else index in model.carried & model.placed) or model.norms_apart:
             return
         assert param.grad is not None, f"`.grad` of parameter {index} is None after a round"
         if what == "norm":
@@ -214,7 +215,8 @@ class GradOps:
     def do_torch_clip(self, max_norm: float, foreach: bool | None, mask: int) -> None:
         """torch's clip of parameters with a `.grad` on all ranks. torch omits the others."""
         model = self.model
-        held = {i for i, g in enumerate(model.grads) if g.value is not None} if model.alone else model.carried
+        known = {i for i, g in enumerate(model.grads) if g.value is not None}
+        held = known if model.alone else model.carried & model.placed
         indices = [index for index in model.chosen(mask) if index in held]
         if not indices or model.norms_apart:
             return

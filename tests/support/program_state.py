@@ -23,6 +23,14 @@ import pyzero
 from pyzero.optimizer import ZeroOptimizer
 
 
+class Wrapper(torch.optim.Optimizer):
+    """An optimizer around another one, as in a Lookahead or a SAM: it inherits torch's add_param_group."""
+
+    def __init__(self, inner: ZeroOptimizer) -> None:
+        super().__init__(inner.param_groups, inner.defaults)
+        self.param_groups = inner.param_groups
+
+
 class StateOps:
     """A mixin of program_run.Run."""
 
@@ -39,7 +47,8 @@ class StateOps:
         """An optimizer of all parameters that are in groups now, with their initial hyper-parameters."""
         groups: dict[int, dict[str, Any]] = {}
         for index in sorted(self.model.added):
-            group = groups.setdefault(config.group_of(index), {**config.options(index), "params": []})
+            options = self.model.initial_options(index)
+            group = groups.setdefault(self.model.group_of[index], {**options, "params": []})
             group["params"].append(self.params[index])
         return make(
             config.rule,
@@ -65,9 +74,19 @@ class StateOps:
         new = len(self.model.added)
         self.optimizer.add_param_group({"params": [self.params[new]], **self.config.options(new)})
 
+    def do_append(self, number: int | None) -> None:
+        """What a wrapper's add_param_group does: append a group, or a parameter to group `number`."""
+        new = len(self.model.added)
+        if number is None:
+            group = {"params": [self.params[new]], **self.config.options(new)}
+            torch.optim.Optimizer.add_param_group(Wrapper(self.optimizer), group)
+        else:
+            groups = self.optimizer.param_groups
+            groups[number % len(groups)]["params"].append(self.params[new])
+
     def do_option(self, name: str, value: Any, index: int) -> None:
         """Change a hyper-parameter."""
-        number, options = self.config.group_of(index), self.model.options(index)
+        number, options = self.model.group_of[index], self.model.options(index)
         group = self.optimizer.param_groups[number]
         if name == "schedule":
             with warnings.catch_warnings():
@@ -82,7 +101,7 @@ class StateOps:
         self.model.groups[number] = {**options, name: float(value) if isinstance(value, Tensor) else value}
 
     def do_set_state(self, number: int, names: tuple[str, ...], index: int) -> None:
-        known = {"step", "master", *self.config.slots(index)}
+        known = {"step", "master", *self.model.state_names(index)}
         state = {name: state_value(self.config, index, number, name) for name in names if name in known}
         self.optimizer.set_full_state(self.params[index], dict(state))
         slot = self.model.slots[index]
@@ -116,7 +135,7 @@ class StateOps:
             self.saved = through_bytes(self.optimizer.state_dict())
         else:
             self.saved = self.optimizer.full_state_dict()
-            model.placed |= model.added & model.trained
+            model.join()
         model.saved = (
             {index: model.slots[index] for index in model.placed},
             dict(model.groups),
@@ -149,7 +168,7 @@ class StateOps:
         else:
             saved = copy.deepcopy(self.optimizer.state_dict())
         if how != "state_dict":
-            model.placed |= model.added & model.trained
+            model.join()
         del self.optimizer
         gc.collect()  # a scheduler's patch of step() makes a cycle
         self.config = replace(
