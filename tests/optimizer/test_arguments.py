@@ -490,6 +490,7 @@ def test_parameters_that_are_appended():
     optimizer.step()
     optimizer.load_state_dict(optimizer.state_dict())
     assert optimizer.skipped_steps == 1 and len(optimizer.state) == 2
+    assert copy.deepcopy(optimizer).param_groups[0]["param_names"] == ["a", "parameter 1 of group 0"]
     optimizer.param_groups[0]["params"].append(param)
     with pytest.raises(ValueError, match="each parameter once in param_groups, got 1 that were appended"):
         optimizer.step()

@@ -174,7 +174,7 @@ USUALLY = st.sampled_from([True, True, False])
 READS = st.sampled_from(
     ["clip", "full_grad", "grad_norm", "state_dict", "full_state_dict", "model", "norm", "isfinite", "full_master"]
 )
-HOWS = st.sampled_from(["scale", "twice", "tied", "create_graph", "inputs", "autograd.grad", "reentrant"])
+HOWS = st.sampled_from(["scale", "twice", "tied", "create_graph", "inputs", "autograd.grad", "reentrant", "hook"])
 OPTIONS = st.sampled_from(
     [
         ("lr", 0.05),
@@ -445,6 +445,15 @@ class Machine(RuleBasedStateMachine):
         self.then("set_state", number, names, index)
 
     @rule(
+        how=st.sampled_from(["in place", "assign", "update"]),
+        name=st.sampled_from(["exp_avg", "exp_avg", "exp_avg_sq", "momentum_buffer", "step"]),
+        factor=st.sampled_from([0.5, 4.0]),
+        index=INDICES,
+    )
+    def edit_state(self, how: str, name: str, factor: float, index: int) -> None:
+        self.then("edit_state", how, name, factor, index)
+
+    @rule(
         how=st.sampled_from(["copy_", "data", "transposed data", "behind its back", "load_state_dict"]), index=INDICES
     )
     def write(self, how: str, index: int) -> None:
@@ -453,6 +462,10 @@ class Machine(RuleBasedStateMachine):
     @rule(how=st.sampled_from(["state_dict", "bytes", "full"]))
     def save(self, how: str) -> None:
         self.then("save", how)
+
+    @rule()
+    def torch_state(self) -> None:
+        self.then("torch_state")
 
     @rule()
     def load(self) -> None:

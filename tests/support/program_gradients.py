@@ -38,7 +38,7 @@ def loss_of(params: list[nn.Parameter], grads: dict[int, Tensor], others: set[in
             return (param.float() * (grad / 2)).sum() + (grad / 2 * param.float()).sum()
         if how == "create_graph":  # a gradient with a graph of its own
             return (param.float() * grad).sum() + (0.0 * param.float().square()).sum()
-        found = (param.float() * grad).sum()
+        found = (param.float() * (grad / 2 if how == "hook" else grad)).sum()
         if how == "broken" and index == min(grads):  # backward reaches last what was made first
             found = _Break.apply(found)  # type: ignore[no-untyped-call]
         return found
@@ -96,6 +96,7 @@ class GradOps:
         if self.are_too_large(by_rank, times):
             return
         mine = by_rank[self.rank % self.config.num_parts]
+        hooks = [self.params[i].register_hook(lambda grad: grad * 2) for i in mine] if how == "hook" else []
         others = self.model.used(63) - mine.keys() if how == "inputs" else set()
         loss = loss_of(self.params, mine, others, how)
         for left in reversed(range(times)):
@@ -104,6 +105,8 @@ class GradOps:
                 with contextlib.nullcontext() if sync else self.optimizer.no_sync():
                     self.run_backward(loss, [self.params[i] for i in mine], scaled, how, retain_graph=left > 0)
             self.count_backward(by_rank, sync)
+        for hook in hooks:
+            hook.remove()
 
     def run_backward(self, loss: Any, inputs: list[Tensor], scaled: bool, how: str, retain_graph: bool) -> None:
         """Call backward in the way that `how` names."""

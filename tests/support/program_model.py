@@ -26,7 +26,7 @@ TINIEST = 2.0**-25  # half of fp16's smallest number
 LARGEST = 30000.0  # in fp16, loss scale included, with room for a norm
 DYNAMIC = dict(init_scale=16.0, growth_interval=2, min_scale=2.0, max_scale=256.0)
 JOINS = "a parameter joins with a gradient, which may carry the loss scale"
-WITH_INDEX = ("assign", "set_full_grad", "drop", "freeze", "thaw", "write", "read", "option", "set_state")
+WITH_INDEX = ("assign", "set_full_grad", "drop", "freeze", "thaw", "write", "read", "option", "set_state", "edit_state")
 
 Op = tuple[Any, ...]
 Program = list[Op]
@@ -172,6 +172,10 @@ class World:
             return False
         if name == "option" and args[0] not in ("schedule", "lr tensor"):
             return args[0] in self.initial_options(index)
+        if name == "edit_state":
+            return index in self.placed and args[1] in ("step", *self.state_names(index))
+        if name == "torch_state":
+            return config.rule in ("adam", "adamw")
         if name == "rebuild":
             if args[0] == "checkpoint":  # loading a checkpoint is strict
                 return self.placed <= self.trained
@@ -218,7 +222,7 @@ class World:
             else:
                 self.placed |= {new} & self.trained
             self.can_load = False
-        elif name == "step":
+        elif name in ("step", "torch_state"):
             self.join()
         elif name == "rebuild":
             self.stage = op[2]

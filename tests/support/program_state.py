@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from program_model import DTYPES, DYNAMIC, Config, Model, state_value, written
+from program_model import DTYPES, DYNAMIC, Config, Model, fresh, state_value, written
 from program_rules import Slot, make
 from torch import Tensor, nn
 
@@ -107,6 +107,40 @@ class StateOps:
         slot = self.model.slots[index]
         master, step = state.pop("master", slot.master), int(state.pop("step", torch.tensor(slot.step)))
         self.model.slots[index] = Slot(master, {**slot.state, **state}, step)
+
+    def do_edit_state(self, how: str, name: str, factor: float, index: int) -> None:
+        """Multiply this rank's part of a slot, or count two steps more, as code that knows torch's `state` does."""
+        state, slot = self.optimizer.state[self.params[index]], self.model.slots[index]
+        value = state[name] + 2 if name == "step" else state[name] * factor
+        if how == "assign":
+            state[name] = value
+        elif how == "update":
+            state.update({name: value})
+        else:
+            state[name].copy_(value)
+        if name == "step":
+            self.model.slots[index] = replace(slot, step=slot.step + 2)
+        else:
+            self.model.slots[index] = replace(slot, state={**slot.state, name: slot.state[name] * factor})
+
+    def do_torch_state(self) -> None:
+        """Load what torch's Adam would save: no masters, no loss scale, and nothing of parameters without a step."""
+        model, full = self.model, self.optimizer.full_state_dict()
+        kept = {"step", "exp_avg", "exp_avg_sq"}
+        state = {
+            number: {name: value for name, value in values.items() if name in kept}
+            for number, values in full["state"].items()
+            if values["step"]
+        }
+        own = {"lr", "betas", "eps", "weight_decay", "maximize", "decoupled_weight_decay", "initial_lr", "params"}
+        groups = [{key: value for key, value in group.items() if key in own} for group in full["param_groups"]]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        for index in model.added:
+            slot = model.slots[index]  # a master that rounds to its weight stays
+            if not slot.step:
+                model.slots[index] = fresh(slot.master, model.state_names(index))
+        if model.alone and self.config.loss_scale is not None:
+            model.is_leftover |= any(grad.value is not None for grad in model.grads)
 
     def do_write(self, how: str, index: int) -> None:
         """Write a weight, on all ranks."""
