@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pyzero.arguments.groups import check_group, have_grads_error
+from pyzero.arguments.groups import check_group, check_members, have_grads_error
 from pyzero.arguments.options import ZeroOptions
 from pyzero.arguments.params import check_disjoint
 from pyzero.comm.group import Group
@@ -223,10 +223,11 @@ class ZeroBase(Optimizer):
         self._gradients.finish_broken_round()
         unfrozen = self._param_buckets.unplaced(self._param_groups, self.state, self._trains_by_grad())
         appended = self._take_appended()
-        in_others = [param for index in {*unfrozen} - {*appended} for param in self._param_groups[index]["params"]]
-        new = [param for param in in_others if self._param_buckets.is_new(param)]
-        if new:
-            self._check_new(new)
+        for index in sorted({*unfrozen} - {*appended}):
+            params = self._param_groups[index]["params"]
+            if any(map(self._param_buckets.is_new, params)):
+                check_members(params)
+                self._check_new(params)
         return sorted({*appended, *unfrozen}) if appended else unfrozen
 
     def _describe_unfrozen(self, found: list[int]) -> Unfrozen:

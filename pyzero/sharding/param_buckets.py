@@ -118,10 +118,11 @@ class ParamBuckets:
                 num_seen += placed_in == index
                 if placed_in is None:
                     frozen.append((index, param))
-        if num_seen > len(self.params):
+        num_again = num_seen - len(self.params) + len(frozen) - len({id(param) for _, param in frozen})
+        if num_again > 0:
             raise ValueError(
-                f"expected each parameter once in param_groups, got {num_seen - len(self.params)} that were appended "
-                f"though they were there; take them out again"
+                f"expected each parameter once in param_groups, got {num_again} that were appended though they were "
+                f"there; take them out again"
             )
         if num_seen < len(self.params):
             raise ValueError(

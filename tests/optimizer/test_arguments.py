@@ -490,10 +490,20 @@ def test_parameters_that_are_appended():
     optimizer.step()
     optimizer.load_state_dict(optimizer.state_dict())
     assert optimizer.skipped_steps == 1 and len(optimizer.state) == 2
-    assert copy.deepcopy(optimizer).param_groups[0]["param_names"] == ["a", "parameter 1 of group 0"]
-    optimizer.param_groups[0]["params"].append(param)
-    with pytest.raises(ValueError, match="each parameter once in param_groups, got 1 that were appended"):
-        optimizer.step()
+    new.grad = None
+    assert len(copy.deepcopy(optimizer).state) == 2
+    params = optimizer.param_groups[0]["params"]
+    for refused, told in (
+        ([param], "each parameter once in param_groups, got 1 that were appended"),
+        ([nn.Parameter(torch.ones(3))] * 2, "each parameter once in param_groups, got 1 that were appended"),
+        ([torch.ones(3, requires_grad=True) * 2], "can't optimize a non-leaf Tensor"),
+        ([nn.Parameter(param.data)], "parameters with memory of their own"),
+    ):
+        params += refused
+        with pytest.raises(ValueError, match=told):
+            optimizer.step()
+        del params[2:]
+    optimizer.step()
 
 
 @pytest.mark.parametrize("cls", [pyzero.FusedZeroAdamW, pyzero.FusedZeroSGD, pyzero.ZeroMuon])
