@@ -274,9 +274,14 @@ FOUND: list[tuple[str, Program, Config]] = [
         Config((((5,), "fp32", False),) * 2, size=1, loss_scale=8.0),
     ),
     (
-        "unscale_ of GradScaler unscales parameters that were appended, and those unfrozen in no_sync()",
-        [("append", 0), ("grad_scaler", 1, True, None, None, (63, 63))],
+        "unscale_ of GradScaler unscales parameters that were appended",
+        [("append", 0), ("grad_scaler", 1, True, None, None, True, (63, 63))],
         Config((((5,), "fp32", False),), (((5,), "fp32", False),)),
+    ),
+    (
+        "unscale_ of GradScaler unscales parameters that were unfrozen and trained in no_sync()",
+        [("thaw", 1), ("grad_scaler", 1, True, None, None, False, (63, 63))],
+        Config((((5,), "fp32", False), ((5,), "fp32", True))),
     ),
     (
         "a frozen parameter that was appended joins, and its gradient is averaged in the backward after it is unfrozen",
@@ -362,12 +367,19 @@ class Machine(RuleBasedStateMachine):
         unscale=st.booleans(),
         max_norm=st.sampled_from([None, 3.0]),
         bad=st.one_of(st.none(), st.none(), BAD),
+        sync=USUALLY,
         masks=st.one_of(ONE_MASK, MANY_MASKS),
     )
     def grad_scaler(
-        self, number: int, unscale: bool, max_norm: float | None, bad: tuple[int, str] | None, masks: tuple[int, ...]
+        self,
+        number: int,
+        unscale: bool,
+        max_norm: float | None,
+        bad: tuple[int, str] | None,
+        sync: bool,
+        masks: tuple[int, ...],
     ) -> None:
-        self.then("grad_scaler", number, unscale, max_norm, bad, masks)
+        self.then("grad_scaler", number, unscale, max_norm, bad, sync, masks)
 
     @rule(mask=MASKS)
     def zero(self, mask: int) -> None:

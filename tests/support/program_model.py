@@ -159,7 +159,7 @@ class World:
         if name == "grad_scaler":
             if config.alone and args[1] and any(config.dtype(index) == torch.float16 for index in self.added):
                 return False  # torch's GradScaler refuses to unscale them
-            return config.loss_scale is None and self.legal(("backward", 0, True, True, args[-1]))
+            return config.loss_scale is None and self.legal(("backward", 0, True, args[-2], args[-1]))
         if name == "assign":  # it is undefined whether the value includes the loss scale
             return index in self.trained and not (config.loss_scale is not None and self.ever_scaled)
         if name == "set_full_grad":

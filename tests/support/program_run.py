@@ -153,7 +153,13 @@ class Run(GradOps, StateOps):
         self.compare_state(applied, dict(zip(sorted(model.added), taken, strict=False)))
 
     def do_grad_scaler(
-        self, number: int, unscale: bool, max_norm: float | None, bad: tuple[int, str] | None, masks: tuple[int, ...]
+        self,
+        number: int,
+        unscale: bool,
+        max_norm: float | None,
+        bad: tuple[int, str] | None,
+        sync: bool,
+        masks: tuple[int, ...],
     ) -> None:
         """A whole iteration with torch's GradScaler."""
         model, optimizer, scaler = self.model, self.optimizer, self.grad_scaler
@@ -161,10 +167,11 @@ class Run(GradOps, StateOps):
         by_rank = self.gradients_by_rank(number, masks, bad)
         mine = by_rank[self.rank % self.config.num_parts]
         if mine:
-            scaler.scale(loss_of(self.params, mine, set(), "usual")).backward()
+            with contextlib.nullcontext() if sync else optimizer.no_sync():
+                scaler.scale(loss_of(self.params, mine, set(), "usual")).backward()
         else:
             scaler.scale(torch.zeros(()))  # the first call makes its tensors
-        self.count_backward(by_rank, sync=True)
+        self.count_backward(by_rank, sync)
         if unscale:
             scaler.unscale_(optimizer)
             if max_norm is not None:
