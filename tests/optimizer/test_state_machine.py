@@ -440,13 +440,13 @@ class Machine(RuleBasedStateMachine):
         assert self.world is not None
         self.then("freeze" if index in self.world.trained else "thaw", index)
 
-    @rule()
-    def add_group(self) -> None:
-        self.then("add_group")
+    @rule(grad=st.sampled_from([None, None, 3]))
+    def add_group(self, grad: int | None) -> None:
+        self.then("add_group", grad)
 
-    @rule(number=st.sampled_from([None, 0, 1, 2]))
-    def append(self, number: int | None) -> None:
-        self.then("append", number)
+    @rule(number=st.sampled_from([None, 0, 1, 2]), grad=st.sampled_from([None, None, 3]))
+    def append(self, number: int | None, grad: int | None) -> None:
+        self.then("append", number, grad)
 
     @rule(change=OPTIONS, index=INDICES)
     def option(self, change: tuple[str, Any], index: int) -> None:

@@ -187,7 +187,10 @@ class World:
         if name == "thaw":
             return index not in self.trained
         if name in ("add_group", "append"):
-            return len(self.added) < len(config.specs)
+            new, has_grad = len(self.added), len(args) > (name == "append") and args[-1] is not None
+            return new < len(config.specs) and not (
+                has_grad and (config.loss_scale is not None or new not in self.trained)
+            )
         return name != "load" or self.can_load
 
     def follow(self, op: Op) -> None:

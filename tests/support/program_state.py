@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from program_model import DTYPES, DYNAMIC, Config, Model, fresh, state_value, written
+from program_model import DTYPES, DYNAMIC, Config, Model, coefficient, fresh, state_value, written
 from program_rules import Slot, make
 from torch import Tensor, nn
 
@@ -70,13 +70,27 @@ class StateOps:
     def do_thaw(self, index: int) -> None:
         self.params[index].requires_grad_(True)
 
-    def do_add_group(self) -> None:
+    def give_grad(self, index: int, number: int | None) -> None:
+        """Assign a gradient to a parameter that is about to join, unless `number` is None."""
+        if number is None:
+            return
+        model, config = self.model, self.config
+        model.edit([index])
+        values = [coefficient(config, index, number, rank) for rank in range(config.num_parts)]
+        self.params[index].grad = values[self.rank % config.num_parts].to(config.dtype(index))
+        model.put(index, torch.stack(values).double().mean(0))
+        model.local.add(index)
+        model.kinds.add("plain")
+
+    def do_add_group(self, grad: int | None = None) -> None:
         new = len(self.model.added)
+        self.give_grad(new, grad)
         self.optimizer.add_param_group({"params": [self.params[new]], **self.config.options(new)})
 
-    def do_append(self, number: int | None) -> None:
+    def do_append(self, number: int | None, grad: int | None = None) -> None:
         """What a wrapper's add_param_group does: append a group, or a parameter to group `number`."""
         new = len(self.model.added)
+        self.give_grad(new, grad)
         if number is None:
             group = {"params": [self.params[new]], **self.config.options(new)}
             torch.optim.Optimizer.add_param_group(Wrapper(self.optimizer), group)
