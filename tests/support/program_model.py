@@ -131,6 +131,11 @@ class World:
         """Whether a backward sends gradients."""
         return self.stage == 2 and sync and not self.config.alone
 
+    def places(self, scaled: bool, sync: bool) -> bool:
+        """Whether a backward may place parameters, which all ranks do together."""
+        waiting = self.added & self.trained - self.placed | self.new
+        return bool(waiting if scaled and self.config.loss_scale is not None else sync and waiting - self.new)
+
     def used(self, mask: int) -> set[int]:
         """The parameters that a mask selects in a backward."""
         return {index for index in self.added & self.trained if mask >> index & 1}
@@ -149,7 +154,7 @@ class World:
             used = [self.used(mask) for mask in args[3][: config.num_parts]]
             if self.is_round(args[2]) or self.is_broken:  # a round on every rank, or on none
                 return all(one & self.placed for one in used)
-            return any(used)
+            return all(used) if self.places(*args[1:3]) else any(used)
         if name in ("broken", "joint") and config.largest_sum > 1:
             return False  # gloo's reduce-scatter would wait in backward for a rank that is elsewhere
         if name in ("closure", "broken"):
