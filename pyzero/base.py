@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pyzero.arguments.groups import check_group, check_no_grad
+from pyzero.arguments.groups import check_group, check_members, have_grads_error
 from pyzero.arguments.options import ZeroOptions
 from pyzero.arguments.params import check_disjoint
 from pyzero.comm.group import Group
@@ -59,6 +59,7 @@ class ZeroBase(Optimizer):
     def param_groups(self) -> list[dict[str, Any]]:
         """The groups, as in torch. For reduced gradients torch.amp.GradScaler gets a proxy; see gradients/amp.py."""
         if amp.grad_scaler_is_asking() and self._gradients.reduces:
+            self._place_unfrozen("unscale_ of GradScaler")
             with torch.no_grad():
                 return self._grad_scaler_proxy.groups(self._collect("unscale_ of GradScaler").found_inf)
         return self._param_groups
@@ -70,7 +71,7 @@ class ZeroBase(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in torch. It gets its own buckets. Collective over several ranks."""
         given = [*param_group] if isinstance(param_group, dict) else []  # torch refuses anything else
-        new = self._take_appended()
+        new = self._take_appended() if self._is_ready else []
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         # torch warns of a parameter that comes twice. The first one counts.
@@ -95,11 +96,13 @@ class ZeroBase(Optimizer):
         rule = self._rule_of(group)
         rule.check(group)
         if self._is_ready:
-            if self._scaler.enabled:
-                check_no_grad(group)
-            check_disjoint(self._named_params())
-            self._topology.check_meshes(group["params"])
+            self._check_new(group["params"])
         self._rules[index:] = [rule]
+
+    def _check_new(self, params: Iterable[Tensor]) -> None:
+        """Check parameters that are about to join."""
+        check_disjoint(self._named_params())
+        self._topology.check_meshes(params)
 
     def _take_appended(self) -> list[int]:
         """Take the groups that others appended to `param_groups`, as a wrapper's add_param_group does.
@@ -107,7 +110,7 @@ class ZeroBase(Optimizer):
         Returns:
             Their indices.
         """
-        indices = [*range(len(self._rules), len(self._param_groups))]
+        indices = [*range(self._param_buckets.num_groups, len(self._param_groups))]
         for index in indices:
             earlier = {param for group in self._param_groups[:index] for param in group["params"]}
             if not earlier.isdisjoint(self._param_groups[index]["params"]):
@@ -144,7 +147,7 @@ class ZeroBase(Optimizer):
     def _name(self, group_index: int, position: int) -> str:
         """Return a name for messages: the caller's, the one in the model, or the position in the group."""
         group = self._param_groups[group_index]
-        if "param_names" in group:
+        if position < len(group.get("param_names", ())):  # one that was appended has none
             return str(group["param_names"][position])
         return self._model_names.get(group["params"][position]) or f"parameter {position} of group {group_index}"
 
@@ -164,12 +167,26 @@ class ZeroBase(Optimizer):
         group_indices = list(group_indices)
         own_errors = TypeError, ValueError  # raised on all ranks after a comparison, or before this rank begins
         with self._group.lockstep(self._topology.model_groups, "the placement of parameters", own_errors):
+            if self._is_ready and self._scaler.enabled:
+                self._refuse_grads(group_indices)
             for bucket in self._param_buckets.add(self._param_groups, group_indices, with_grads):
                 take_over(bucket.params)
                 self._gradients.add(bucket)
             params = [param for index in group_indices for param in self._param_groups[index]["params"]]
             self._gradients.watch([param for param in params if not param.requires_grad], self._place_unfrozen)
             self._reserve()
+
+    def _refuse_grads(self, group_indices: Iterable[int]) -> None:
+        """Refuse gradients of new parameters, which may carry the loss scale. Collective if there are any new."""
+        in_groups = (param for index in group_indices for param in self._param_groups[index]["params"])
+        new = [param for param in in_groups if self._param_buckets.is_new(param)]
+        if not new:
+            return
+        first = next((param for param in new if param.grad is not None), None)
+        what = "the look for gradients of new parameters"
+        if self._group.any_rank(first is not None, what):
+            name = "one on another rank" if first is None else self._named_params()[first]
+            raise have_grads_error(name)
 
     def _reserve(self) -> None:
         """Have the transport make room for all buckets. Collective."""
@@ -198,7 +215,7 @@ class ZeroBase(Optimizer):
     def _find_unfrozen(self) -> list[int]:
         """Return the indices of groups with parameters that are no longer frozen: the argument of `_place_found`.
 
-        Groups that others appended to `param_groups` count as well.
+        Groups and parameters that others appended to `param_groups` count as well.
 
         It may raise on one rank alone, so call it before any collective. If an exception has ended a backward, finish
         its round first: the other ranks have sent their part of it, and may have placed those parameters.
@@ -206,6 +223,11 @@ class ZeroBase(Optimizer):
         self._gradients.finish_broken_round()
         unfrozen = self._param_buckets.unplaced(self._param_groups, self.state, self._trains_by_grad())
         appended = self._take_appended()
+        for index in sorted({*unfrozen} - {*appended}):
+            params = self._param_groups[index]["params"]
+            if any(map(self._param_buckets.is_new, params)):
+                check_members(params)
+                self._check_new(params)
         return sorted({*appended, *unfrozen}) if appended else unfrozen
 
     def _describe_unfrozen(self, found: list[int]) -> Unfrozen:

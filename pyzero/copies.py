@@ -50,7 +50,7 @@ def contents(optimizer: ZeroOptimizer, num_ranks: int, trained: list[Tensor]) ->
     torch.save(optimizer.full_state_dict(), state)
     return {
         "groups": [
-            _as_given(group, optimizer.defaults) | optimizer._options_for_rule(index)
+            _as_given(group, _names(optimizer, index), optimizer.defaults) | optimizer._options_for_rule(index)
             for index, group in enumerate(optimizer.param_groups)
         ],
         "trained": [user_param(param) for param in trained],
@@ -58,11 +58,16 @@ def contents(optimizer: ZeroOptimizer, num_ranks: int, trained: list[Tensor]) ->
     }
 
 
-def _as_given(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+def _names(optimizer: ZeroOptimizer, index: int) -> list[str]:
+    """Return the names of a group's parameters: those that were appended may have none of their own."""
+    return [optimizer._name(index, position) for position in range(len(optimizer.param_groups[index]["params"]))]
+
+
+def _as_given(group: dict[str, Any], names: list[str], defaults: dict[str, Any]) -> dict[str, Any]:
     """Return a group as an optimizer takes it, with (name, parameter) pairs. The state has the group's other keys."""
     params = group["params"]
     if "param_names" in group:
-        params = [*zip(group["param_names"], params, strict=True)]
+        params = [*zip(names, params, strict=True)]
     return {"params": params, **{key: group[key] for key in defaults if key in group}}
 
 

@@ -61,8 +61,8 @@ def check_group(group: dict[str, Any], given: Iterable[str], options: Iterable[s
         options: The names of the options that a group may have.
 
     Raises:
-        ValueError: A name is misspelt, reserved, unsupported, or an option of all groups.
-        TypeError: No bucket can hold a parameter.
+        ValueError: A name is misspelt, reserved, unsupported, or an option of all groups; or as `check_members`.
+        TypeError: As `check_members`.
     """
     known = {*options, *UNSUPPORTED, *IGNORED}
     given = {*given}
@@ -79,7 +79,19 @@ def check_group(group: dict[str, Any], given: Iterable[str], options: Iterable[s
         if meant is not None:
             raise ValueError(f"got {name!r} in a parameter group, expected {meant!r}; correct the name")
     refuse_unsupported(group)
-    for index, param in enumerate(group["params"]):
+    check_members(group["params"])
+
+
+def check_members(params: Iterable[Any]) -> None:
+    """Check that torch would optimize a group's parameters, and that buckets can hold them.
+
+    Raises:
+        TypeError: No bucket can hold one.
+        ValueError: One is no leaf of autograd's graph.
+    """
+    for index, param in enumerate(params):
+        if not (param.is_leaf or param.retains_grad):
+            raise ValueError(f"can't optimize a non-leaf Tensor, parameter {index} of the group; take its leaf")
         if any(placement.is_partial() for placement in getattr(param, "placements", ())):
             raise TypeError(
                 f"expected DTensors that are sharded or replicated, got parameter {index} of the group as partial "
@@ -107,14 +119,9 @@ def _meant_option(name: str, known: set[str], given: set[str]) -> str | None:
     return None if is_longer else close
 
 
-def check_no_grad(group: dict[str, Any]) -> None:
-    """Raise ValueError if a parameter has a gradient. For groups that join an optimizer with a loss scale.
-
-    Nobody knows whether such a gradient carries the loss scale.
-    """
-    for index, param in enumerate(group["params"]):
-        if param.grad is not None:
-            raise ValueError(
-                f"expected no gradients in a group that is added to an optimizer with a loss scale, got .grad in "
-                f"parameter {index}; add the group before backward, or set p.grad = None"
-            )
+def have_grads_error(name: str) -> ValueError:
+    """Make the error for a gradient of a parameter that joins an optimizer with a loss scale."""
+    return ValueError(
+        f"expected no gradients of parameters that join an optimizer with a loss scale, for nobody knows whether they "
+        f"carry it, got .grad of {name}; set p.grad = None, and run optimizer.backward(loss) after you add them"
+    )

@@ -80,6 +80,8 @@ class ParamBuckets:
         self._fsdp_modules: list[weakref.ref[Any]] = []  # the fully_shard modules that gather these parameters
         self._known_ids: list[list[int]] | None = None  # ids of the groups' parameters when all were last looked at
         self._frozen: list[tuple[int, Tensor]] = []  # those in no bucket then, each with its group's index
+        self._appended: list[int] = []  # the groups that had new parameters then
+        self.num_groups = 0  # that have joined
         self._views: dict[Tensor, StateViews] = {}  # our entries of `state`
         self._views_ids: list[int] = []
         self.has_stepped = False
@@ -91,13 +93,13 @@ class ParamBuckets:
         self._topology = topology
         self._options = options
         self._logs = logs
-        self._synced: set[Tensor] = set()  # frozen parameters that have rank 0's values
+        self._joined_frozen: set[Tensor] = set()  # if weights are synced, they have rank 0's values
         self._module_names: dict[Tensor, list[str]] = {}  # each parameter's names in modules, with several ranks
 
     def unplaced(
         self, param_groups: Sequence[dict[str, Any]], state: MutableMapping[Tensor, Any], with_grads: bool
     ) -> list[int]:
-        """Return the indices of groups with trained parameters in no bucket, because they were frozen so far.
+        """Return the indices of groups with parameters that are new, or trained but in no bucket, frozen so far.
 
         state: The optimizer's present state.
         with_grads: Count a frozen parameter with a `.grad` as trained: torch's optimizers ignore requires_grad.
@@ -116,7 +118,13 @@ class ParamBuckets:
                 num_seen += placed_in == index
                 if placed_in is None:
                     frozen.append((index, param))
-        if num_seen != len(self.params):
+        num_again = num_seen - len(self.params) + len(frozen) - len({id(param) for _, param in frozen})
+        if num_again > 0:
+            raise ValueError(
+                f"expected each parameter once in param_groups, got {num_again} that were appended though they were "
+                f"there; take them out again"
+            )
+        if num_seen < len(self.params):
             raise ValueError(
                 f"expected the parameters in the groups in which they were added, got {len(self.params) - num_seen} "
                 f"taken out of param_groups or moved to another group; freeze those that are not to train "
@@ -134,11 +142,16 @@ class ParamBuckets:
                 "into them (optimizer.state[p].update(values)), or use optimizer.set_full_state(p, values)"
             )
         self._known_ids, self._frozen = ids, frozen
+        self._appended = [index for index, param in frozen if self.is_new(param)]
         return self._trained_groups(with_grads)
 
     def _trained_groups(self, with_grads: bool) -> list[int]:
-        """Return the indices of groups with a parameter in no bucket that is trained now."""
-        return sorted({index for index, param in self._frozen if _is_trained(param, with_grads)})
+        """Return the indices of groups with a parameter that is new, or in no bucket and trained now."""
+        return sorted({*self._appended, *(index for index, param in self._frozen if _is_trained(param, with_grads))})
+
+    def is_new(self, param: Tensor) -> bool:
+        """Whether a parameter has not joined yet, trained or frozen."""
+        return param not in self._group_of and param not in self._joined_frozen
 
     # ---- weights and masters ----------------------------------------------------------------------------------------
 
@@ -213,7 +226,9 @@ class ParamBuckets:
     def add(
         self, param_groups: Sequence[dict[str, Any]], indices: Iterable[int], with_grads: bool = False
     ) -> list[Bucket]:
-        """Move these groups' trained parameters into new buckets. Collective. with_grads: See `unplaced`.
+        """Have these groups join: move their trained parameters into new buckets. Collective.
+
+        with_grads: See `unplaced`.
 
         Raises:
             ValueError: Ranks have different parameters, or one lies on another device, or shares memory with another
@@ -233,7 +248,7 @@ class ParamBuckets:
                 has_frozen = any(param in fsdp and not param.requires_grad for param in everything)
                 check_fsdp([*self.params, *params], self._group.members(), has_frozen)
         except (TypeError, ValueError) as error:
-            if not (self.params or self._synced):  # later the others may do something else
+            if not (self.params or self._joined_frozen):  # later the others may do something else
                 tell_refused_params(self._group, error)
             raise
         ours = {user_param(param): position for position, param in enumerate(params)}
@@ -241,7 +256,9 @@ class ParamBuckets:
         order = self._agree(param_groups, params, specs, frozen, modules.order_of(ours, [] if first else roots))
         if self._options.init_sync and self._group.size > 1:
             self._sync_others(roots, frozen, {*ours})
+        self._joined_frozen.update(frozen)
         if not params:
+            self._known_ids, self.num_groups = None, len(param_groups)
             return []
         self._tell_of_shared_memory(params)
         arrival = None if order is None else [first + position for position in reversed(order)]
@@ -257,7 +274,7 @@ class ParamBuckets:
         self.params, self.specs = params, specs
         owners = dict.fromkeys(fsdp[user_param(param)].owner for param in params[first:] if user_param(param) in fsdp)
         self._fsdp_modules += map(weakref.ref, owners)
-        self._known_ids = None
+        self._known_ids, self.num_groups = None, len(param_groups)
         self._group_of.update({param: spec.run.group_index for param, spec in zip(ours, specs[first:], strict=True)})
         self.buckets += made
         self._join_steps(steps)
@@ -270,7 +287,7 @@ class ParamBuckets:
         fsdp: Mapping[Tensor, FsdpParamUse],
         with_grads: bool,
     ) -> tuple[list[Tensor], list[ParamSpec], dict[Tensor, int]]:
-        """Return trained parameters in no bucket, their specs, and (by group) frozen ones without rank 0's values."""
+        """Return trained parameters in no bucket, their specs, and new frozen ones, with their groups."""
         params: list[Tensor] = []
         specs: list[ParamSpec] = []
         frozen: dict[Tensor, int] = {}
@@ -279,7 +296,7 @@ class ParamBuckets:
             if param in self._group_of:
                 continue
             if not _is_trained(param, with_grads):
-                if param not in self._synced:
+                if param not in self._joined_frozen:
                     frozen[param] = group_index
                 continue
             number = len(self.params) + len(params)
@@ -327,10 +344,9 @@ class ParamBuckets:
 
     def _sync_others(self, roots: list[nn.Module], frozen: Collection[Tensor], ours: set[Tensor]) -> None:
         """Copy rank 0's frozen parameters and buffers, each once: later, a graph may have saved them for backward."""
-        is_first = not self.params and not self._synced  # the same on all ranks; `roots` may differ
+        is_first = not self.params and not self._joined_frozen  # the same on all ranks; `roots` may differ
         if is_first or frozen:
             _sync_module_states(self._group, roots if is_first else [], frozen, ours)
-        self._synced.update(frozen)
 
     def _make(
         self, layout: BucketLayout, index: int, every_param: Sequence[Tensor], every_spec: Sequence[ParamSpec]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from own_groups import OwnGroups, is_refused
 from torch import nn
-from twins import LATEST_S, READS, SEVERAL, STAGES, UP_TO_THREE, Twins
+from twins import LATEST_S, READS, SEVERAL, STAGES, UP_TO_THREE, UP_TO_TWO, Twins
 
 from pyzero.comm import work
 
@@ -50,7 +50,7 @@ def thawed_under_a_scale(group: Any, stage: int) -> None:
     assert torch.equal(twins.optimizer.full_state(joins)["exp_avg"], torch.full((70,), 2.0))
     late = nn.Parameter(torch.zeros(3))
     late.grad = torch.ones(3)
-    with pytest.raises(ValueError, match="expected no gradients in a group that is added to an optimizer with a loss"):
+    with pytest.raises(ValueError, match="expected no gradients of parameters that join an optimizer with a loss"):
         twins.optimizer.add_param_group({"params": [late]})
     late.grad = None
     twins.optimizer.add_param_group({"params": [late]})
@@ -59,6 +59,37 @@ def thawed_under_a_scale(group: Any, stage: int) -> None:
 @UP_TO_THREE
 def test_a_thawed_parameter_under_a_loss_scale(run, size, stage):
     run(size, thawed_under_a_scale, stage)
+
+
+def appended_with_a_gradient(group: Any, stage: int, how: str) -> None:
+    twins = Twins(group, stage, loss_scale=8.0)
+    joins = nn.Parameter(torch.full((70,), 2.0))
+    if twins.rank == 0:
+        joins.grad = torch.ones(70)  # of a scaled loss, or of a plain one
+    groups = twins.optimizer.param_groups
+    if how == "parameter":
+        groups[0]["params"].append(joins)
+    else:
+        groups.append({**groups[0], "params": [joins]})
+    twins.backward(1.0)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"expected no gradients of parameters that join .* got \.grad of"):
+            twins.optimizer.step()
+    joins.grad = None
+    twins.step()
+    twins.check()
+    twins.drop("optimizer")
+    twins.optimizer.backward(twins.loss(2.0) + (joins * 4.0).sum())
+    twins.expect(twins.mean(2.0))
+    twins.step()
+    twins.check()
+    assert torch.equal(twins.optimizer.full_state(joins)["exp_avg"], torch.full((70,), 2.0))
+
+
+@pytest.mark.parametrize("how", ["parameter", "group"])
+@UP_TO_TWO
+def test_a_parameter_that_is_appended_with_a_gradient(run, size, stage, how):
+    run(size, appended_with_a_gradient, stage, how)
 
 
 def added_with_a_gradient_on_one_rank(group: Any, stage: int) -> None:

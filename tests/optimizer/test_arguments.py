@@ -481,6 +481,31 @@ def test_groups_and_state_edited_by_hand(how):
     assert all(param == 1 for param in params)
 
 
+def test_parameters_that_are_appended():
+    named = [(name, nn.Parameter(torch.ones(3))) for name in "ab"]
+    optimizer = pyzero.FusedZeroAdamW(named[:1])
+    (_, param), (_, new) = named
+    optimizer.param_groups[0]["params"].append(new)
+    (param + new * math.nan).sum().backward()
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.skipped_steps == 1 and len(optimizer.state) == 2
+    new.grad = None
+    assert len(copy.deepcopy(optimizer).state) == 2
+    params = optimizer.param_groups[0]["params"]
+    for refused, told in (
+        ([param], "each parameter once in param_groups, got 1 that were appended"),
+        ([nn.Parameter(torch.ones(3))] * 2, "each parameter once in param_groups, got 1 that were appended"),
+        ([torch.ones(3, requires_grad=True) * 2], "can't optimize a non-leaf Tensor"),
+        ([nn.Parameter(param.data)], "parameters with memory of their own"),
+    ):
+        params += refused
+        with pytest.raises(ValueError, match=told):
+            optimizer.step()
+        del params[2:]
+    optimizer.step()
+
+
 @pytest.mark.parametrize("cls", [pyzero.FusedZeroAdamW, pyzero.FusedZeroSGD, pyzero.ZeroMuon])
 def test_appended_groups_that_are_refused_can_be_mended(cls):
     params = [nn.Parameter(torch.ones(3, 3)) for _ in range(2)]

@@ -174,7 +174,7 @@ USUALLY = st.sampled_from([True, True, False])
 READS = st.sampled_from(
     ["clip", "full_grad", "grad_norm", "state_dict", "full_state_dict", "model", "norm", "isfinite", "full_master"]
 )
-HOWS = st.sampled_from(["scale", "twice", "tied", "create_graph", "inputs", "autograd.grad", "reentrant"])
+HOWS = st.sampled_from(["scale", "twice", "tied", "create_graph", "inputs", "autograd.grad", "reentrant", "hook"])
 OPTIONS = st.sampled_from(
     [
         ("lr", 0.05),
@@ -273,6 +273,27 @@ FOUND: list[tuple[str, Program, Config]] = [
         ],
         Config((((5,), "fp32", False),) * 2, size=1, loss_scale=8.0),
     ),
+    (
+        "unscale_ of GradScaler unscales parameters that were appended",
+        [("append", 0), ("grad_scaler", 1, True, None, None, True, (63, 63))],
+        Config((((5,), "fp32", False),), (((5,), "fp32", False),)),
+    ),
+    (
+        "unscale_ of GradScaler unscales parameters that were unfrozen and trained in no_sync()",
+        [("thaw", 1), ("grad_scaler", 1, True, None, None, False, (63, 63))],
+        Config((((5,), "fp32", False), ((5,), "fp32", True))),
+    ),
+    (
+        "a frozen parameter that was appended joins, and its gradient is averaged in the backward after it is unfrozen",
+        [
+            ("append", 0),
+            ("step",),
+            ("thaw", 1),
+            ("backward", 2, False, True, (63, 63), None),
+            ("read", "norm", 1),
+        ],
+        Config((((5,), "fp32", False),), (((5,), "fp32", True),)),
+    ),
 ]
 
 
@@ -346,12 +367,19 @@ class Machine(RuleBasedStateMachine):
         unscale=st.booleans(),
         max_norm=st.sampled_from([None, 3.0]),
         bad=st.one_of(st.none(), st.none(), BAD),
+        sync=USUALLY,
         masks=st.one_of(ONE_MASK, MANY_MASKS),
     )
     def grad_scaler(
-        self, number: int, unscale: bool, max_norm: float | None, bad: tuple[int, str] | None, masks: tuple[int, ...]
+        self,
+        number: int,
+        unscale: bool,
+        max_norm: float | None,
+        bad: tuple[int, str] | None,
+        sync: bool,
+        masks: tuple[int, ...],
     ) -> None:
-        self.then("grad_scaler", number, unscale, max_norm, bad, masks)
+        self.then("grad_scaler", number, unscale, max_norm, bad, sync, masks)
 
     @rule(mask=MASKS)
     def zero(self, mask: int) -> None:
@@ -412,9 +440,13 @@ class Machine(RuleBasedStateMachine):
         assert self.world is not None
         self.then("freeze" if index in self.world.trained else "thaw", index)
 
-    @rule()
-    def add_group(self) -> None:
-        self.then("add_group")
+    @rule(grad=st.sampled_from([None, None, 3]))
+    def add_group(self, grad: int | None) -> None:
+        self.then("add_group", grad)
+
+    @rule(number=st.sampled_from([None, 0, 1, 2]), grad=st.sampled_from([None, None, 3]))
+    def append(self, number: int | None, grad: int | None) -> None:
+        self.then("append", number, grad)
 
     @rule(change=OPTIONS, index=INDICES)
     def option(self, change: tuple[str, Any], index: int) -> None:
@@ -425,6 +457,15 @@ class Machine(RuleBasedStateMachine):
         self.then("set_state", number, names, index)
 
     @rule(
+        how=st.sampled_from(["in place", "assign", "update"]),
+        name=st.sampled_from(["exp_avg", "exp_avg", "exp_avg_sq", "momentum_buffer", "step"]),
+        factor=st.sampled_from([0.5, 4.0]),
+        index=INDICES,
+    )
+    def edit_state(self, how: str, name: str, factor: float, index: int) -> None:
+        self.then("edit_state", how, name, factor, index)
+
+    @rule(
         how=st.sampled_from(["copy_", "data", "transposed data", "behind its back", "load_state_dict"]), index=INDICES
     )
     def write(self, how: str, index: int) -> None:
@@ -433,6 +474,10 @@ class Machine(RuleBasedStateMachine):
     @rule(how=st.sampled_from(["state_dict", "bytes", "full"]))
     def save(self, how: str) -> None:
         self.then("save", how)
+
+    @rule()
+    def torch_state(self) -> None:
+        self.then("torch_state")
 
     @rule()
     def load(self) -> None:

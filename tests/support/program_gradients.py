@@ -38,7 +38,7 @@ def loss_of(params: list[nn.Parameter], grads: dict[int, Tensor], others: set[in
             return (param.float() * (grad / 2)).sum() + (grad / 2 * param.float()).sum()
         if how == "create_graph":  # a gradient with a graph of its own
             return (param.float() * grad).sum() + (0.0 * param.float().square()).sum()
-        found = (param.float() * grad).sum()
+        found = (param.float() * (grad / 2 if how == "hook" else grad)).sum()
         if how == "broken" and index == min(grads):  # backward reaches last what was made first
             found = _Break.apply(found)  # type: ignore[no-untyped-call]
         return found
@@ -96,6 +96,7 @@ class GradOps:
         if self.are_too_large(by_rank, times):
             return
         mine = by_rank[self.rank % self.config.num_parts]
+        hooks = [self.params[i].register_hook(lambda grad: grad * 2) for i in mine] if how == "hook" else []
         others = self.model.used(63) - mine.keys() if how == "inputs" else set()
         loss = loss_of(self.params, mine, others, how)
         for left in reversed(range(times)):
@@ -104,6 +105,8 @@ class GradOps:
                 with contextlib.nullcontext() if sync else self.optimizer.no_sync():
                     self.run_backward(loss, [self.params[i] for i in mine], scaled, how, retain_graph=left > 0)
             self.count_backward(by_rank, sync)
+        for hook in hooks:
+            hook.remove()
 
     def run_backward(self, loss: Any, inputs: list[Tensor], scaled: bool, how: str, retain_graph: bool) -> None:
         """Call backward in the way that `how` names."""
@@ -143,12 +146,13 @@ class GradOps:
             grads = [grads[index].double() for grads in by_rank if index in grads]
             model.add(index, torch.stack(grads).sum(0) / self.config.num_parts)
         model.local |= used
+        everywhere = set.intersection(*map(set, by_rank))
         if not is_round and not model.alone:
-            everywhere = set.intersection(*map(set, by_rank))
             model.carried |= everywhere
             model.norms_apart |= model.has_norms and not all(by_rank)
         if is_round:
             model.reduce()
+            model.carried |= everywhere - model.new
 
     def do_read(self, what: str, index: int) -> None:
         if self.quiet:
@@ -171,7 +175,7 @@ class GradOps:
             optimizer.state_dict()
         elif what == "full_state_dict":
             optimizer.full_state_dict(to=0)
-            model.placed |= model.added & model.trained
+            model.join()
         elif what == "model":
             copy.deepcopy(self.module).load_state_dict(self.module.state_dict())
         elif what == "full_master":
@@ -188,7 +192,7 @@ class GradOps:
         if model.alone and (self.config.loss_scale is not None or model.clipped):
             return  # `.grad` includes the loss scale, and lacks the clip factor
         known = model.grads[index].value is not None
-        if not (known if model.alone else index in model.carried) or model.norms_apart:
+        if not (known if model.alone else index in model.carried & model.placed) or model.norms_apart:
             return
         assert param.grad is not None, f"`.grad` of parameter {index} is None after a round"
         if what == "norm":
@@ -214,7 +218,8 @@ class GradOps:
     def do_torch_clip(self, max_norm: float, foreach: bool | None, mask: int) -> None:
         """torch's clip of parameters with a `.grad` on all ranks. torch omits the others."""
         model = self.model
-        held = {i for i, g in enumerate(model.grads) if g.value is not None} if model.alone else model.carried
+        known = {i for i, g in enumerate(model.grads) if g.value is not None}
+        held = known if model.alone else model.carried & model.placed
         indices = [index for index in model.chosen(mask) if index in held]
         if not indices or model.norms_apart:
             return

@@ -25,7 +25,8 @@ FP32 = UNIT[torch.float32]
 TINIEST = 2.0**-25  # half of fp16's smallest number
 LARGEST = 30000.0  # in fp16, loss scale included, with room for a norm
 DYNAMIC = dict(init_scale=16.0, growth_interval=2, min_scale=2.0, max_scale=256.0)
-WITH_INDEX = ("assign", "set_full_grad", "drop", "freeze", "thaw", "write", "read", "option", "set_state")
+JOINS = "a parameter joins with a gradient, which may carry the loss scale"
+WITH_INDEX = ("assign", "set_full_grad", "drop", "freeze", "thaw", "write", "read", "option", "set_state", "edit_state")
 
 Op = tuple[Any, ...]
 Program = list[Op]
@@ -92,18 +93,9 @@ class Config:
         """The number of gradients in a mean."""
         return 1 if self.alone else self.size
 
-    def group_of(self, index: int) -> int:
-        """Index in param_groups: even parameters, odd ones, and one group for each that is added later."""
-        first = len(self.params)
-        return index % 2 if index < first else min(first, 2) + index - first
-
     def options(self, index: int) -> dict[str, Any]:
-        """A parameter's initial hyper-parameters."""
+        """A parameter's initial hyper-parameters, in a group of even parameters, of odd ones, or of its own."""
         return dict(GROUPS[self.rule][2 if index >= len(self.params) else index % 2])
-
-    def slots(self, index: int) -> tuple[str, ...]:
-        """Names of a parameter's state."""
-        return slots_of(self.rule, self.options(index))
 
 
 class World:
@@ -112,16 +104,37 @@ class World:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.added = set(range(len(config.params)))
+        self.group_of = {index: index % 2 for index in self.added}  # each one's index in param_groups
+        self.first_of = {number: number for number in self.group_of.values()}  # each group's first parameter
         self.trained = {index for index, spec in enumerate(config.specs) if not spec[2]}
         self.placed = self.added & self.trained  # the optimizer has state for these
+        self.new: set[int] = set()  # appended to param_groups by others, and not seen by the optimizer yet
         self.ever_scaled = False
         self.can_load = False
         self.stage = config.stage
         self.is_broken = False  # some ranks still have a round to finish
 
+    def initial_options(self, index: int) -> dict[str, Any]:
+        """The hyper-parameters with which a parameter's group was made."""
+        return self.config.options(self.first_of[self.group_of[index]])
+
+    def state_names(self, index: int) -> tuple[str, ...]:
+        """Names of a parameter's state."""
+        return slots_of(self.config.rule, self.initial_options(index))
+
+    def join(self) -> None:
+        """After a step or a read, all that are trained have state."""
+        self.placed |= self.added & self.trained
+        self.new.clear()
+
     def is_round(self, sync: bool) -> bool:
         """Whether a backward sends gradients."""
         return self.stage == 2 and sync and not self.config.alone
+
+    def places(self, scaled: bool, sync: bool) -> bool:
+        """Whether a backward may place parameters, which all ranks do together."""
+        waiting = self.added & self.trained - self.placed | self.new
+        return bool(waiting if scaled and self.config.loss_scale is not None else sync and waiting - self.new)
 
     def used(self, mask: int) -> set[int]:
         """The parameters that a mask selects in a backward."""
@@ -141,7 +154,7 @@ class World:
             used = [self.used(mask) for mask in args[3][: config.num_parts]]
             if self.is_round(args[2]) or self.is_broken:  # a round on every rank, or on none
                 return all(one & self.placed for one in used)
-            return any(used)
+            return all(used) if self.places(*args[1:3]) else any(used)
         if name in ("broken", "joint") and config.largest_sum > 1:
             return False  # gloo's reduce-scatter would wait in backward for a rank that is elsewhere
         if name in ("closure", "broken"):
@@ -151,19 +164,23 @@ class World:
         if name == "grad_scaler":
             if config.alone and args[1] and any(config.dtype(index) == torch.float16 for index in self.added):
                 return False  # torch's GradScaler refuses to unscale them
-            return config.loss_scale is None and self.legal(("backward", 0, True, True, args[-1]))
+            return config.loss_scale is None and self.legal(("backward", 0, True, args[-2], args[-1]))
         if name == "assign":  # it is undefined whether the value includes the loss scale
             return index in self.trained and not (config.loss_scale is not None and self.ever_scaled)
         if name == "set_full_grad":
             return index in self.trained & self.placed
         if name == "set_state":
-            return index in self.placed and bool({"step", "master", *config.slots(index)} & set(args[1]))
-        if name == "option" and args[0] == "momentum" and config.options(index).get("nesterov"):
+            return index in self.placed and bool({"step", "master", *self.state_names(index)} & set(args[1]))
+        if name == "option" and args[0] == "momentum" and self.initial_options(index).get("nesterov"):
             return args[1] > 0
-        if name == "option" and args[0] in ("momentum", "nesterov") and "momentum_buffer" not in config.slots(index):
+        if name == "option" and args[0] == "momentum" and "momentum_buffer" not in self.state_names(index):
             return False
         if name == "option" and args[0] not in ("schedule", "lr tensor"):
-            return args[0] in config.options(index)
+            return args[0] in self.initial_options(index)
+        if name == "edit_state":
+            return index in self.placed and args[1] in ("step", *self.state_names(index))
+        if name == "torch_state":
+            return config.rule in ("adam", "adamw")
         if name == "rebuild":
             if args[0] == "checkpoint":  # loading a checkpoint is strict
                 return self.placed <= self.trained
@@ -174,8 +191,11 @@ class World:
             return index in self.trained & self.placed and len(self.trained & self.placed) > 1
         if name == "thaw":
             return index not in self.trained
-        if name == "add_group":
-            return len(self.added) < len(config.specs)
+        if name in ("add_group", "append"):
+            new, has_grad = len(self.added), len(args) > (name == "append") and args[-1] is not None
+            return new < len(config.specs) and not (
+                has_grad and (config.loss_scale is not None or new not in self.trained)
+            )
         return name != "load" or self.can_load
 
     def follow(self, op: Op) -> None:
@@ -185,33 +205,44 @@ class World:
             self.is_broken = False
         if name == "backward":
             self.ever_scaled |= op[2]
+            if all(self.used(mask) for mask in op[4][: self.config.num_parts]) and not self.config.alone:
+                if op[2] and self.config.loss_scale is not None:
+                    self.join()
+                elif op[3]:
+                    self.placed |= (self.added & self.trained) - self.new
         elif name in ("closure", "grad_scaler", "broken"):
             self.ever_scaled = True
             self.is_broken = name == "broken"
             if name != "broken":
-                self.placed |= self.added & self.trained
+                self.join()
         elif name == "freeze":
             self.trained.discard(index)
         elif name == "thaw":
             self.trained.add(index)
             self.can_load &= index in self.placed
-        elif name == "add_group":
-            new = len(self.added)
+        elif name in ("add_group", "append"):
+            new, number = len(self.added), len(self.first_of)
             self.added.add(new)
-            self.placed |= {new} & self.trained
+            self.group_of[new] = op[1] % number if name == "append" and op[1] is not None else number
+            self.first_of.setdefault(self.group_of[new], new)
+            if name == "append":
+                self.new.add(new)
+            else:
+                self.placed |= {new} & self.trained
             self.can_load = False
-        elif name == "step":
-            self.placed |= self.added & self.trained
+        elif name in ("step", "torch_state"):
+            self.join()
         elif name == "rebuild":
             self.stage = op[2]
+            self.new.clear()
             if op[1] == "full":  # frozen parameters' state is loaded too
-                self.placed |= self.added & self.trained
+                self.join()
             else:
                 self.can_load &= self.placed <= self.trained
                 self.placed = self.added & self.trained
         elif name == "save":
             if op[1] == "full":
-                self.placed |= self.added & self.trained
+                self.join()
             self.can_load = self.added & self.trained <= self.placed  # a parameter placed in between would not fit
 
 
@@ -260,9 +291,9 @@ def state_value(config: Config, index: int, number: int, name: str) -> Tensor:
     return value if name == "exp_avg_sq" else -value if number % 2 else value
 
 
-def fresh(config: Config, index: int, weight: Tensor) -> Slot:
+def fresh(weight: Tensor, names: Iterable[str]) -> Slot:
     """The initial state."""
-    return Slot(weight.float(), {name: torch.zeros(weight.shape) for name in config.slots(index)})
+    return Slot(weight.float(), {name: torch.zeros(weight.shape) for name in names})
 
 
 # ---- the model ----------------------------------------------------------------------------------------------------
@@ -298,10 +329,9 @@ class Model(World):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.grads = [Grad() for _ in config.specs]
-        self.slots = []
-        for index in range(len(config.specs)):
-            self.slots.append(fresh(config, index, start(config, index)))
-        self.groups = {config.group_of(index): config.options(index) for index in range(len(config.specs))}
+        self.slots: dict[int, Slot] = {}
+        self.groups: dict[int, dict[str, Any]] = {}
+        self.take_added()
         self.saved: tuple[dict[int, Slot], dict[int, dict[str, Any]], float, int] | None = None
         self.scale = DYNAMIC["init_scale"] if config.loss_scale == "dynamic" else config.loss_scale or 1.0
         self.clean_steps = 0
@@ -332,11 +362,19 @@ class Model(World):
 
     def options(self, index: int) -> dict[str, Any]:
         """A parameter's present hyper-parameters."""
-        return self.groups[self.config.group_of(index)]
+        return self.groups[self.group_of[index]]
+
+    def take_added(self) -> None:
+        """Give new parameters their state, and new groups their hyper-parameters."""
+        for index in self.added - self.slots.keys():
+            self.slots[index] = fresh(start(self.config, index), self.state_names(index))
+            self.groups.setdefault(self.group_of[index], self.initial_options(index))
 
     def excuses(self) -> list[str]:
         """The reasons for which the optimizer may refuse now."""
         found = []
+        if self.config.loss_scale is not None and any(self.grads[index].value is not None for index in self.new):
+            found.append(JOINS)
         if self.config.loss_scale is not None and len(self.kinds) > 1 and not self.by_itself:
             found.append("scaled and plain are mixed")
         if self.half_edited:

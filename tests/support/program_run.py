@@ -15,6 +15,7 @@ import torch
 from program_gradients import GradOps, loss_of
 from program_model import (
     FP32,
+    JOINS,
     Config,
     Model,
     Op,
@@ -49,8 +50,7 @@ class Run(GradOps, StateOps):
         self.group, self.config, self.quiet = group, config, quiet
         self.rank = group.rank()
         self.model = Model(config)
-        offsets = [0.0 if frozen else float(self.rank) for _, _, frozen in config.specs]  # rank 0's values are used
-        values = [start(config, index) + offset for index, offset in enumerate(offsets)]
+        values = [start(config, index) + float(self.rank) for index in range(len(config.specs))]  # rank 0's are used
         self.params = [nn.Parameter(v, requires_grad=not s[2]) for v, s in zip(values, config.specs, strict=True)]
         self.module = nn.ParameterList(self.params)
         self.optimizer = self.build(config)
@@ -112,6 +112,7 @@ class Run(GradOps, StateOps):
         if self.model.legal(op):
             getattr(self, f"do_{op[0]}")(*op[1:])
             self.model.follow(op)
+            self.model.take_added()
             self.look()
 
     def do_closure(self, number: int, how: str, masks: tuple[int, ...]) -> None:
@@ -129,7 +130,7 @@ class Run(GradOps, StateOps):
         applied = model.all_finite()
         model.last_norm, model.is_norm_known = model.norm(model.added), not model.before_clip
         model.reduce()
-        model.placed |= model.added & model.trained
+        model.join()
         model.reduce()
         model.after_step(applied)
         if self.quiet:
@@ -152,7 +153,13 @@ class Run(GradOps, StateOps):
         self.compare_state(applied, dict(zip(sorted(model.added), taken, strict=False)))
 
     def do_grad_scaler(
-        self, number: int, unscale: bool, max_norm: float | None, bad: tuple[int, str] | None, masks: tuple[int, ...]
+        self,
+        number: int,
+        unscale: bool,
+        max_norm: float | None,
+        bad: tuple[int, str] | None,
+        sync: bool,
+        masks: tuple[int, ...],
     ) -> None:
         """A whole iteration with torch's GradScaler."""
         model, optimizer, scaler = self.model, self.optimizer, self.grad_scaler
@@ -160,10 +167,11 @@ class Run(GradOps, StateOps):
         by_rank = self.gradients_by_rank(number, masks, bad)
         mine = by_rank[self.rank % self.config.num_parts]
         if mine:
-            scaler.scale(loss_of(self.params, mine, set(), "usual")).backward()
+            with contextlib.nullcontext() if sync else optimizer.no_sync():
+                scaler.scale(loss_of(self.params, mine, set(), "usual")).backward()
         else:
             scaler.scale(torch.zeros(()))  # the first call makes its tensors
-        self.count_backward(by_rank, sync=True)
+        self.count_backward(by_rank, sync)
         if unscale:
             scaler.unscale_(optimizer)
             if max_norm is not None:
@@ -171,7 +179,7 @@ class Run(GradOps, StateOps):
         scaler.step(optimizer)
         scaler.update()
         applied = model.all_finite()
-        model.placed |= model.added & model.trained
+        model.join()
         model.after_step(applied)
         model.last_norm, model.is_norm_known = model.norm(model.added), False
         if not self.quiet:
@@ -220,8 +228,8 @@ class Run(GradOps, StateOps):
         """All state of a parameter. Checks that its weight is the rounded master."""
         param, model = self.params[index], self.model
         state = self.optimizer.full_state(param)
-        model.placed |= model.added & model.trained  # a read places thawed parameters
-        names = {"step", "master", *self.config.slots(index)} if index in model.placed else set()
+        model.join()  # a read places thawed parameters
+        names = {"step", "master", *model.state_names(index)} if index in model.placed else set()
         assert set(state) == names, f"full_state of parameter {index} has {sorted(state)}"
         master = self.optimizer.full_master(param)
         rounded = master.to(param.dtype)
@@ -299,7 +307,8 @@ def run_program(group: Any, config: Config, program: Program, quiet: bool) -> Ou
             act()
         except Exception as error:
             excuses = [excuse for run in runs for excuse in run.model.excuses()]
-            is_refusal = isinstance(error, RuntimeError) and not isinstance(error, pyzero.CollectiveError)
+            kinds = (RuntimeError, ValueError) if JOINS in excuses else RuntimeError
+            is_refusal = isinstance(error, kinds) and not isinstance(error, pyzero.CollectiveError)
             if is_refusal and excuses:
                 outcome.status, outcome.text = "refused", f"{excuses[0]}: {error}"
             else:

@@ -15,12 +15,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from program_model import DTYPES, DYNAMIC, Config, Model, state_value, written
+from program_model import DTYPES, DYNAMIC, Config, Model, coefficient, fresh, state_value, written
 from program_rules import Slot, make
 from torch import Tensor, nn
 
 import pyzero
 from pyzero.optimizer import ZeroOptimizer
+
+
+class Wrapper(torch.optim.Optimizer):
+    """An optimizer around another one, as in a Lookahead or a SAM: it inherits torch's add_param_group."""
+
+    def __init__(self, inner: ZeroOptimizer) -> None:
+        super().__init__(inner.param_groups, inner.defaults)
+        self.param_groups = inner.param_groups
 
 
 class StateOps:
@@ -39,7 +47,8 @@ class StateOps:
         """An optimizer of all parameters that are in groups now, with their initial hyper-parameters."""
         groups: dict[int, dict[str, Any]] = {}
         for index in sorted(self.model.added):
-            group = groups.setdefault(config.group_of(index), {**config.options(index), "params": []})
+            options = self.model.initial_options(index)
+            group = groups.setdefault(self.model.group_of[index], {**options, "params": []})
             group["params"].append(self.params[index])
         return make(
             config.rule,
@@ -61,13 +70,37 @@ class StateOps:
     def do_thaw(self, index: int) -> None:
         self.params[index].requires_grad_(True)
 
-    def do_add_group(self) -> None:
+    def give_grad(self, index: int, number: int | None) -> None:
+        """Assign a gradient to a parameter that is about to join, unless `number` is None."""
+        if number is None:
+            return
+        model, config = self.model, self.config
+        model.edit([index])
+        values = [coefficient(config, index, number, rank) for rank in range(config.num_parts)]
+        self.params[index].grad = values[self.rank % config.num_parts].to(config.dtype(index))
+        model.put(index, torch.stack(values).double().mean(0))
+        model.local.add(index)
+        model.kinds.add("plain")
+
+    def do_add_group(self, grad: int | None = None) -> None:
         new = len(self.model.added)
+        self.give_grad(new, grad)
         self.optimizer.add_param_group({"params": [self.params[new]], **self.config.options(new)})
+
+    def do_append(self, number: int | None, grad: int | None = None) -> None:
+        """What a wrapper's add_param_group does: append a group, or a parameter to group `number`."""
+        new = len(self.model.added)
+        self.give_grad(new, grad)
+        if number is None:
+            group = {"params": [self.params[new]], **self.config.options(new)}
+            torch.optim.Optimizer.add_param_group(Wrapper(self.optimizer), group)
+        else:
+            groups = self.optimizer.param_groups
+            groups[number % len(groups)]["params"].append(self.params[new])
 
     def do_option(self, name: str, value: Any, index: int) -> None:
         """Change a hyper-parameter."""
-        number, options = self.config.group_of(index), self.model.options(index)
+        number, options = self.model.group_of[index], self.model.options(index)
         group = self.optimizer.param_groups[number]
         if name == "schedule":
             with warnings.catch_warnings():
@@ -82,12 +115,46 @@ class StateOps:
         self.model.groups[number] = {**options, name: float(value) if isinstance(value, Tensor) else value}
 
     def do_set_state(self, number: int, names: tuple[str, ...], index: int) -> None:
-        known = {"step", "master", *self.config.slots(index)}
+        known = {"step", "master", *self.model.state_names(index)}
         state = {name: state_value(self.config, index, number, name) for name in names if name in known}
         self.optimizer.set_full_state(self.params[index], dict(state))
         slot = self.model.slots[index]
         master, step = state.pop("master", slot.master), int(state.pop("step", torch.tensor(slot.step)))
         self.model.slots[index] = Slot(master, {**slot.state, **state}, step)
+
+    def do_edit_state(self, how: str, name: str, factor: float, index: int) -> None:
+        """Multiply this rank's part of a slot, or count two steps more, as code that knows torch's `state` does."""
+        state, slot = self.optimizer.state[self.params[index]], self.model.slots[index]
+        value = state[name] + 2 if name == "step" else state[name] * factor
+        if how == "assign":
+            state[name] = value
+        elif how == "update":
+            state.update({name: value})
+        else:
+            state[name].copy_(value)
+        if name == "step":
+            self.model.slots[index] = replace(slot, step=slot.step + 2)
+        else:
+            self.model.slots[index] = replace(slot, state={**slot.state, name: slot.state[name] * factor})
+
+    def do_torch_state(self) -> None:
+        """Load what torch's Adam would save: no masters, no loss scale, and nothing of parameters without a step."""
+        model, full = self.model, self.optimizer.full_state_dict()
+        kept = {"step", "exp_avg", "exp_avg_sq"}
+        state = {
+            number: {name: value for name, value in values.items() if name in kept}
+            for number, values in full["state"].items()
+            if values["step"]
+        }
+        own = {"lr", "betas", "eps", "weight_decay", "maximize", "decoupled_weight_decay", "initial_lr", "params"}
+        groups = [{key: value for key, value in group.items() if key in own} for group in full["param_groups"]]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        for index in model.added:
+            slot = model.slots[index]  # a master that rounds to its weight stays
+            if not slot.step:
+                model.slots[index] = fresh(slot.master, model.state_names(index))
+        if model.alone and self.config.loss_scale is not None:
+            model.is_leftover |= any(grad.value is not None for grad in model.grads)
 
     def do_write(self, how: str, index: int) -> None:
         """Write a weight, on all ranks."""
@@ -116,7 +183,7 @@ class StateOps:
             self.saved = through_bytes(self.optimizer.state_dict())
         else:
             self.saved = self.optimizer.full_state_dict()
-            model.placed |= model.added & model.trained
+            model.join()
         model.saved = (
             {index: model.slots[index] for index in model.placed},
             dict(model.groups),
@@ -149,7 +216,7 @@ class StateOps:
         else:
             saved = copy.deepcopy(self.optimizer.state_dict())
         if how != "state_dict":
-            model.placed |= model.added & model.trained
+            model.join()
         del self.optimizer
         gc.collect()  # a scheduler's patch of step() makes a cycle
         self.config = replace(
