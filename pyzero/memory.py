@@ -2,7 +2,7 @@
 
 The first write to each 4 KiB of a new buffer is a page fault. A buffer of 48 MB made in every step costs some 10 ms.
 With pages of 2 MiB it costs a fifth, and nothing if the pages of a freed buffer are reused (docs/experiments.md).
-At most 64 MiB of freed pages are kept, about as much as malloc keeps.
+The pages of buffers without an owner are kept up to 64 MiB, about as much as malloc keeps.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SMALLEST_BYTES = 2 * _PAGE_BYTES  # for smaller buffers, rounding up to whole p
 
 def empty(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return (numel,) of any contents, as torch.empty does."""
-    return torch.empty(numel, dtype=dtype, device=device) if _is_small(numel, dtype, device) else _reuse(numel, dtype)
+    return _shared.empty(numel, dtype, device)
 
 
 def zeros(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -88,15 +88,6 @@ def _is_small(numel: int, dtype: torch.dtype, device: torch.device) -> bool:
     return device.type != "cpu" or numel * dtype.itemsize < _SMALLEST_BYTES or not on_linux
 
 
-def _reuse(numel: int, dtype: torch.dtype) -> Tensor:
-    """Return (numel,) of any contents. When its last tensor is freed, the next buffer of that size gets the pages."""
-    num_bytes = _whole_pages(numel * dtype.itemsize)
-    pages = _page_cache.take(num_bytes) or _map(num_bytes)
-    view = memoryview(pages)
-    weakref.finalize(view, _page_cache.put, pages).atexit = False
-    return torch.frombuffer(view, dtype=dtype, count=numel)
-
-
 def _whole_pages(num_bytes: int) -> int:
     return round_up(num_bytes, _PAGE_BYTES)
 
@@ -109,13 +100,33 @@ def _map(num_bytes: int) -> mmap.mmap:
     return pages
 
 
-class _PageCache:
-    """Freed pages, the latest last."""
+class PagePool:
+    """The pages of an owner's freed buffers, for its next ones. They are freed with the pool.
 
-    def __init__(self) -> None:
-        self._pages: list[mmap.mmap] = []
+    Args:
+        kept_bytes: Of freed pages that are kept, at most. Those freed last stay.
+    """
 
-    def take(self, num_bytes: int) -> mmap.mmap | None:
+    def __init__(self, kept_bytes: int) -> None:
+        self._kept_bytes = kept_bytes
+        self._pages: list[mmap.mmap] = []  # those freed last at the end
+
+    @staticmethod
+    def of_one(numel: int, dtype: torch.dtype) -> PagePool:
+        """Return a pool that keeps the pages of one buffer of this size."""
+        return PagePool(_whole_pages(numel * dtype.itemsize))
+
+    def empty(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return (numel,) of any contents. When its last tensor is freed, the next one of that size gets the pages."""
+        if _is_small(numel, dtype, device):
+            return torch.empty(numel, dtype=dtype, device=device)
+        num_bytes = _whole_pages(numel * dtype.itemsize)
+        pages = self._take(num_bytes) or _map(num_bytes)
+        view = memoryview(pages)
+        weakref.finalize(view, self._put, pages).atexit = False
+        return torch.frombuffer(view, dtype=dtype, count=numel)
+
+    def _take(self, num_bytes: int) -> mmap.mmap | None:
         for pages in reversed(self._pages.copy()):
             if len(pages) == num_bytes:
                 with contextlib.suppress(ValueError):  # a finalizer may run at any moment and drop them
@@ -123,12 +134,12 @@ class _PageCache:
                     return pages
         return None
 
-    def put(self, pages: mmap.mmap) -> None:
-        if len(pages) > _KEPT_BYTES:
+    def _put(self, pages: mmap.mmap) -> None:
+        if len(pages) > self._kept_bytes:
             return
         self._pages.append(pages)
-        while sum(map(len, self._pages)) > _KEPT_BYTES:
+        while sum(map(len, self._pages)) > self._kept_bytes:
             del self._pages[:1]
 
 
-_page_cache = _PageCache()
+_shared = PagePool(_KEPT_BYTES)

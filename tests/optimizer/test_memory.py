@@ -43,7 +43,7 @@ def test_a_kernel_that_refuses_huge_pages(monkeypatch, number):
             raise OSError(number, "no huge pages here")
 
     monkeypatch.setattr(mmap, "mmap", Pages)
-    monkeypatch.setattr(memory, "_page_cache", memory._PageCache())
+    monkeypatch.setattr(memory, "_shared", memory.PagePool(memory._KEPT_BYTES))
     for make in (memory.empty, memory.zeros):
         buffer = make(LARGE // 4, torch.float32, torch.device("cpu"))
         buffer.fill_(1)
@@ -53,8 +53,8 @@ def test_a_kernel_that_refuses_huge_pages(monkeypatch, number):
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="large buffers are torch's on this system")
 def test_pages_of_one_size_are_used_again(monkeypatch):
-    kept = memory._PageCache()
-    monkeypatch.setattr(memory, "_page_cache", kept)
+    kept = memory.PagePool(memory._KEPT_BYTES)
+    monkeypatch.setattr(memory, "_shared", kept)
     cpu = torch.device("cpu")
     first = memory.empty(LARGE // 4, torch.float32, cpu).fill_(1)
     place, view = first.data_ptr(), first[3:5]
@@ -74,6 +74,18 @@ def test_pages_of_one_size_are_used_again(monkeypatch):
     assert sum(map(len, kept._pages)) == memory._KEPT_BYTES  # it displaces none that may be used again
 
 
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="large buffers are torch's on this system")
+def test_a_pool_of_one_buffer_keeps_its_pages_alone():
+    size = LARGE // 4, torch.float32, torch.device("cpu")
+    pool = memory.PagePool.of_one(*size[:2])
+    first, second = pool.empty(*size), pool.empty(*size)
+    place = second.data_ptr()
+    del first, second
+    assert sum(map(len, pool._pages)) == LARGE
+    again = pool.empty(*size)
+    assert again.data_ptr() == place and not pool._pages
+
+
 def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
@@ -88,6 +100,32 @@ def test_memory_goes_with_the_last_view():
     assert resident_bytes() - before > 100 << 20 and view.sum() == 5
     del view
     assert resident_bytes() - before < 20 << 20
+
+
+def bytes_of_gradients(group: Any) -> list[int]:
+    """Resident bytes, beyond those before it, after an optimizer's first and later steps, and after it."""
+    model = nn.Linear(4096, 2048, dtype=torch.bfloat16)  # a shard of 16 MiB in fp32
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), process_group=group)
+    found, places = [], set()
+    for _ in range(4):
+        model(torch.ones(1, 4096, dtype=torch.bfloat16)).float().sum().backward()
+        places |= {grads.shard.data_ptr() for grads in optimizer._gradients._records.buckets}
+        optimizer.step()
+        optimizer.zero_grad()
+        gc.collect()
+        found.append(resident_bytes())
+    assert len(places) <= 2, "the first step's, and that of all later ones, in the buckets that are planned then"
+    pools = [weakref.ref(grads._shard_pages) for grads in optimizer._gradients._records.buckets]
+    kept = [len(pages) for pool in pools for pages in pool()._pages]
+    del optimizer, model
+    gc.collect()
+    return [sum(kept), sum(pool() is not None for pool in pools), found[3] - found[1]]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_gradients_lie_in_the_same_pages_in_every_step_and_go_with_the_optimizer(ranks):
+    for kept, num_left, growth in ranks.run(2, bytes_of_gradients):
+        assert 16 << 20 <= kept <= 18 << 20 and num_left == 0 and growth < 4 << 20
 
 
 def left_of_dropped_models(group: Any) -> list[str]:

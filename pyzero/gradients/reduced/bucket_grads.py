@@ -27,6 +27,7 @@ class BucketGrads:
         self.bucket = bucket
         self.records = records  # by position in the bucket
         self.shard: Tensor | None = None  # (shard_numel,) fp32, averaged over ranks and unscaled, without `factor`
+        self._shard_pages = memory.PagePool.of_one(bucket.layout.shard_numel, torch.float32)
         # (num_runs, 3): the shard's overflow flag and first bad parameter in the first row; sums of squares by run.
         self.stats = clean_rows(len(bucket.layout.runs), bucket.device)
         self._stats_are_stale = False  # the shard has changed since flag and squares were computed
@@ -118,7 +119,7 @@ class BucketGrads:
         """Return the shard, or memory for one."""
         if self.shard is not None:
             return self.shard
-        return memory.empty(self.bucket.layout.shard_numel, torch.float32, self.bucket.device)
+        return self._shard_pages.empty(self.bucket.layout.shard_numel, torch.float32, self.bucket.device)
 
     def reduce_slices(
         self, shard: Tensor, slices: list[Tensor], scale: float | Tensor, accumulate: bool, stats: Tensor
