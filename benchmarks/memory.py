@@ -1,8 +1,8 @@
 """Bytes on each rank, at rest and at the peak, on 1 to 4 ranks: FusedZeroAdamW, pyzero.estimate's figures, and peers.
 
 On a CPU these are the process's resident bytes, where pages that ranks share count once over all ranks. On a GPU they
-are the allocator's. They include activations of 16 rows, and for ours up to 64 MiB of pages kept for the next buffers
-(docs/measured.md).
+are the allocator's. They include activations of 16 rows, and for ours the gradient shards' memory and up to 64 MiB of
+pages kept for the next buffers (docs/measured.md).
 """
 
 from __future__ import annotations
