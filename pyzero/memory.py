@@ -100,6 +100,11 @@ def _map(num_bytes: int) -> mmap.mmap:
     return pages
 
 
+def pooled_bytes(numel: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Return the bytes that `PagePool.of_one` keeps of a freed buffer."""
+    return 0 if _is_small(numel, dtype, device) else _whole_pages(numel * dtype.itemsize)
+
+
 class PagePool:
     """The pages of an owner's freed buffers, for its next ones. They are freed with the pool.
 

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
+
 from pyzero.arguments.options import check_bucket_cap
 from pyzero.estimate.figures import Estimate
 from pyzero.gradients.reduced.accumulation import elements_compared_at_once
+from pyzero.memory import pooled_bytes
 from pyzero.sharding.layout import GRANULE, BucketLayout, Key, ParamSpec, cap_bytes, plan
 from pyzero.update_rule import StateSlot, UpdateRule
 
@@ -60,6 +63,12 @@ class _Plan:
         """Bytes of room for two buckets, or for two shards if no gradients are sent."""
         sent = [self.weights(layout) // (1 if self.reduces else layout.num_ranks) for layout in self.layouts]
         return 2 * max(sent, default=0) if self.shares_memory else 0
+
+    def kept(self) -> int:
+        """Bytes of gradient shards whose pages stay between steps."""
+        if not self.reduces or self.on_gpu:
+            return 0
+        return sum(pooled_bytes(layout.shard_numel, torch.float32, torch.device("cpu")) for layout in self.layouts)
 
     def weights(self, layout: BucketLayout) -> int:
         return layout.numel * self.element_bytes[layout.key]
@@ -115,6 +124,7 @@ def of_shapes(shapes: Sequence[Shape], setup: Setup) -> Estimate:
         buckets=max(worst - held, 0),
         num_params=sum(shape.numel for shape in shapes),
         host=sharded if setup.cpu_offload else 0,
+        kept=chosen.kept(),
     )
 
 

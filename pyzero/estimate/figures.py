@@ -18,10 +18,11 @@ class Estimate:
     buckets: int  # needed in addition at the worst moment: gradients being sent, and in stage 3 whole blocks
     num_params: int
     host: int = 0  # masters and moments in host memory, with cpu_offload
+    kept: int = 0  # of `gradients`, pages that a process on CPUs keeps for the next step's
 
     @property
     def idle(self) -> int:
-        """Bytes after step() and zero_grad()."""
+        """Bytes of tensors after step() and zero_grad(). A process on CPUs also holds `kept`."""
         return self.weights + self.state + self.shared
 
     @property
@@ -41,6 +42,7 @@ def table(found: Estimate, where: str = "") -> str:
         "buckets or blocks on their way, at most": found.buckets,
         "peak, without activations": found.peak,
         "masters and moments on the host": found.host,
+        "kept for the next step's gradients": found.kept,
     }
     lines = [f"{' '.join(['bytes per rank', where]).strip():<40}{'MiB':>12}{'per parameter':>16}"]
     for name, num_bytes in rows.items():

@@ -14,6 +14,7 @@ from torch import nn
 
 import pyzero
 from pyzero import memory
+from pyzero.estimate import estimate
 
 LARGE = 8 << 20  # bytes
 
@@ -103,7 +104,7 @@ def test_memory_goes_with_the_last_view():
 
 
 def kept_for_gradients(group: Any) -> list[int]:
-    """The bytes of gradient shards that an optimizer keeps between two steps, and how many pools outlive it."""
+    """Bytes that an optimizer keeps for gradient shards between steps, the estimate, and pools that outlive it."""
     model = nn.Linear(4096, 2048, dtype=torch.bfloat16)  # a shard of 16 MiB in fp32
     optimizer = pyzero.FusedZeroAdamW(model.parameters(), process_group=group)
     places = set()
@@ -117,13 +118,15 @@ def kept_for_gradients(group: Any) -> list[int]:
     kept = [len(pages) for pool in pools for pages in pool()._pages]
     del optimizer, model
     gc.collect()
-    return [sum(kept), sum(pool() is not None for pool in pools)]
+    with torch.device("meta"):
+        wanted = estimate(nn.Linear(4096, 2048, dtype=torch.bfloat16), num_ranks=group.size()).kept
+    return [sum(kept), wanted, sum(pool() is not None for pool in pools)]
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="large buffers are torch's on this system")
 def test_gradients_lie_in_the_same_pages_in_every_step_and_go_with_the_optimizer(ranks):
-    for kept, num_left in ranks.run(2, kept_for_gradients):
-        assert 16 << 20 <= kept <= 18 << 20 and num_left == 0
+    for kept, wanted, num_left in ranks.run(2, kept_for_gradients):
+        assert 16 << 20 <= kept == wanted <= 18 << 20 and num_left == 0
 
 
 def left_of_dropped_models(group: Any) -> list[str]:
