@@ -60,7 +60,8 @@ def _row(name: str, workload: Workload, num_ranks: int, rest: int, peak: int, op
         model = workload.model().bfloat16()
     transport = "auto" if options.device == "cpu" else "exact"
     wanted = estimate(model, num_ranks=num_ranks, transport=transport)
-    return MemoryRow("memory", case, name, numel, num_ranks, rest, peak, None, wanted.idle + wanted.kept, wanted.peak)
+    at_rest = wanted.idle + wanted.kept  # in whole pages
+    return MemoryRow("memory", case, name, numel, num_ranks, rest, peak, None, at_rest, max(wanted.peak, at_rest))
 
 
 # ---- in a rank ------------------------------------------------------------------------------------------------------

@@ -152,7 +152,8 @@ def test_the_others_are_told_of_an_interrupt_after_the_message(run):
 @contextlib.contextmanager
 def short_of_memory(number: int, for_good: bool = False, name: str = "empty") -> Iterator[list[int]]:
     """The call of that number of memory's function fails, and all that follow if `for_good`; 0: none. Counts them."""
-    empty, counted = getattr(memory, name), [0]
+    owner = memory.PagePool if name == "empty" else memory  # what memory.empty calls, too
+    empty, counted = getattr(owner, name), [0]
 
     def failing(*args: Any) -> torch.Tensor:
         counted[0] += 1
@@ -161,7 +162,7 @@ def short_of_memory(number: int, for_good: bool = False, name: str = "empty") ->
         return empty(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, name, failing)
+        patch.setattr(owner, name, failing)
         yield counted
 
 

@@ -90,7 +90,7 @@ def test_on_ranks(name, tmp_path, capsys):
         assert [row.num_ranks for row in ours] == [1, 2]
         for row in ours:  # 32 MiB of weights, 192 of state: what the estimate says, but for up to 64 MiB of kept pages
             assert -(2 << 20) < row.rest_bytes - row.estimated_rest_bytes < 68 << 20, row
-            assert row.peak_bytes >= row.rest_bytes and row.estimated_peak_bytes > row.estimated_rest_bytes
+            assert row.peak_bytes >= row.rest_bytes and row.estimated_peak_bytes >= row.estimated_rest_bytes
     if name == "scaling":
         assert any(row.predicted_s for row in found)
 
