@@ -55,8 +55,15 @@ build_spec = load("build_spec")
 
 
 def cpu_spec():
-    """Spec of the C++ module. Raises ToolchainError."""
-    return build_spec.cpu_spec(build_spec.find_cxx(env.cxx()))
+    """Spec of the C++ module. Raises ToolchainError; SystemExit if $CXX is no C++ compiler."""
+    asked = env.cxx()
+    try:
+        cxx = build_spec.find_cxx(asked)
+    except build_spec.ToolchainError as error:
+        if asked:
+            raise SystemExit(f"cannot build the cpu kernels: {error}") from error
+        raise
+    return build_spec.cpu_spec(cxx)
 
 
 def cuda_spec():
@@ -97,7 +104,7 @@ class BuildExt(build_ext):
         output = Path(self.get_ext_fullpath(ext.name)).absolute()
         output.parent.mkdir(parents=True, exist_ok=True)
         try:
-            ext.spec.build(Path(self.build_temp).absolute() / ext.spec.name, output)
+            ext.spec.build(Path(self.build_temp).absolute() / ext.spec.name, output, env.max_jobs())
         except build_spec.CompileError as error:
             remedy = "PYZERO_BUILD=none installs without kernels built ahead of time"
             raise SystemExit(f"{error}\nRemedy: {remedy}.") from error

@@ -113,13 +113,13 @@ class Spec:
         objects = [str(build_dir / name) for name in (*(unit.object_name for unit in self.units), "stamp.o")]
         return [*self.compiler, *self.link_flags, *objects, "-o", str(output)]
 
-    def build(self, build_dir: Path, output: Path) -> None:
-        """Compile and link, with one compiler at a time per CPU. Raises CompileError."""
+    def build(self, build_dir: Path, output: Path, max_jobs: int | None = None) -> None:
+        """Compile and link, with at most this many compilers at a time, or one per CPU. Raises CompileError."""
         build_dir.mkdir(parents=True, exist_ok=True)
         text = f"pyzero-stamp:{self.source_hash()}:{self.build_hash()}:{','.join(self.archs)}:{self.toolkit}"
         declared = 'extern "C" { extern const char pyzero_stamp[]; const char pyzero_stamp[] = "%s"; }\n'
         (build_dir / "stamp.cpp").write_text(declared % text)
-        with ThreadPoolExecutor(num_cpus()) as pool:
+        with ThreadPoolExecutor(max_jobs or num_cpus()) as pool:
             list(pool.map(_execute, self.compile_commands(build_dir)))
         _execute(self.link_command(build_dir, output))
 
@@ -237,8 +237,11 @@ def find_cxx(asked: Sequence[str] = ()) -> tuple[str, ...]:
     for command in [tuple(asked)] if asked else [("c++",), ("g++",), ("clang++",)]:
         if os.name == "posix" and shutil.which(command[0]):
             return command
-    tried = shlex.join(asked) if asked else "c++, g++ and clang++"
-    raise ToolchainError(f"no C++ compiler ({tried} not found); install g++ or clang++, or set CXX")
+    if asked:
+        raise ToolchainError(
+            f"expected a C++ compiler in CXX, got {shlex.join(asked)}, not found; correct it or unset it"
+        )
+    raise ToolchainError("no C++ compiler (c++, g++ and clang++ not found); install g++ or clang++, or set CXX")
 
 
 def find_nvcc(cuda_home: str | None = None) -> tuple[str, ...]:

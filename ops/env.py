@@ -29,6 +29,15 @@ def _choice(name: str, choices: tuple[str, ...]) -> str:
     return value
 
 
+def _count(name: str) -> int | None:
+    value = os.environ.get(name)
+    if not value:
+        return None
+    if not value.isdigit() or int(value) < 1:
+        raise ValueError(f"expected {name} as a number from 1, got {value}; correct it or unset it")
+    return int(value)
+
+
 def _words(name: str) -> tuple[str, ...]:
     return tuple(os.environ.get(name, "").replace(";", " ").replace(",", " ").split())
 
@@ -72,12 +81,12 @@ def required() -> tuple[str, ...]:
 
 def num_threads() -> int | None:
     """Threads for the CPU kernels, or None to follow torch."""
-    value = os.environ.get("PYZERO_NUM_THREADS")
-    if not value:
-        return None
-    if not value.isdigit() or int(value) < 1:
-        raise ValueError(f"expected PYZERO_NUM_THREADS as a number from 1, got {value}; correct it or unset it")
-    return int(value)
+    return _count("PYZERO_NUM_THREADS")
+
+
+def max_jobs() -> int | None:
+    """Return how many compilers may run at a time, from $MAX_JOBS; None if unset."""
+    return _count("MAX_JOBS")
 
 
 def cxx() -> tuple[str, ...]:

@@ -167,7 +167,7 @@ def _build_into(spec: Spec, module: Path) -> None:
     folder = tempfile.mkdtemp(prefix=f"{module.stem}.", suffix=".build", dir=module.parent)
     try:
         unfinished = Path(folder, module.name)
-        spec.build(Path(folder), unfinished)
+        spec.build(Path(folder), unfinished, env.max_jobs())
         _fsync(unfinished)  # otherwise a power cut could leave an empty file under the final name
         unfinished.replace(module)
         with contextlib.suppress(OSError):

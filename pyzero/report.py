@@ -66,6 +66,7 @@ def _wrong_variables() -> Iterator[str]:
         env.jit_enabled,
         env.default_backend,
         env.num_threads,
+        env.max_jobs,
         env.cxx,
     )
     for read in readers:

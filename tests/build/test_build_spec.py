@@ -142,8 +142,20 @@ def test_a_compile_error_has_the_command_and_the_output(tmp_path: Path) -> None:
     assert "-c" in caught.value.command and "toy.cpp" in caught.value.command
 
 
+def test_max_jobs_compilers_at_a_time(tmp_path: Path) -> None:
+    compiler = tmp_path / "c++"
+    compiler.write_text(f"#!/bin/sh\nmkdir {tmp_path}/running || exit 1\nsleep 0.3\nrmdir {tmp_path}/running\n")
+    compiler.chmod(0o755)
+    write_toy(tmp_path)
+    twice = (build_spec.Unit("toy.cpp", tag="one"), build_spec.Unit("toy.cpp", tag="other"))
+    spec = replace(toy_spec(tmp_path), compiler=(str(compiler),), units=twice)
+    spec.build(tmp_path / "build", tmp_path / "_toy.so", max_jobs=1)
+    with pytest.raises(CompileError, match="File exists"):
+        spec.build(tmp_path / "build", tmp_path / "_toy.so", max_jobs=2)
+
+
 def test_a_missing_compiler_is_named_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ToolchainError, match="no-such-compiler not found.*set CXX"):
+    with pytest.raises(ToolchainError, match="in CXX, got no-such-compiler, not found; correct"):
         build_spec.find_cxx(("no-such-compiler",))
     with pytest.raises(ToolchainError, match=f"looked in {tmp_path}/bin.*set CUDA_HOME"):
         build_spec.find_nvcc(str(tmp_path))

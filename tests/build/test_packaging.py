@@ -18,7 +18,7 @@ from pyzero.ops import env
 ROOT = Path(__file__).resolve().parents[2]
 NOT_COPIED = shutil.ignore_patterns(".*", "build", "dist", "out", "runs", "*.egg-info", "*.so", "__pycache__")
 PIP_OPTIONS = ("--quiet", "--disable-pip-version-check", "--no-deps", "--no-build-isolation")
-NO_COMPILER = {"CXX": "no-such-compiler", "CUDA_HOME": "/no-such-folder"}
+NO_COMPILER = {"CXX": "", "PATH": "/no-such-folder", "CUDA_HOME": "/no-such-folder"}
 
 # Prints where pyzero.ops came from, after one op has run.
 USE = """
@@ -213,6 +213,22 @@ def test_what_was_asked_for_and_cannot_be_built_is_an_error(checkout: Path, buil
     done = run(sys.executable, "setup.py", "--version", cwd=checkout, PYZERO_BUILD=build, **NO_COMPILER)
     assert done.returncode != 0
     assert f"PYZERO_BUILD={build}: cannot build the" in done.stderr and said in done.stderr
+
+
+@pytest.mark.parametrize("build", ["auto", "cpu", "all"])
+@pytest.mark.parametrize(
+    ("cxx", "said"),
+    [
+        ("no-such-compiler -O2", "expected a C++ compiler in CXX, got no-such-compiler -O2, not found; correct it or"),
+        ("gcc", "expected a C++ compiler, got CXX=gcc for C; set CXX=g++"),
+    ],
+)
+def test_a_compiler_that_was_asked_for_is_not_left_out(checkout: Path, build: str, cxx: str, said: str) -> None:
+    """Or a spelling mistake would install the package without its kernels."""
+    done = run(sys.executable, "setup.py", "--version", cwd=checkout, PYZERO_BUILD=build, CXX=cxx)
+    assert done.returncode != 0 and f"cannot build the cpu kernels: {said}" in done.stderr
+    done = run(sys.executable, "setup.py", "--version", cwd=checkout, PYZERO_BUILD="none", CXX=cxx)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

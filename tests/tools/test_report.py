@@ -70,7 +70,7 @@ def test_with_nothing_installed_but_torch(tmp_path: Path, monkeypatch: pytest.Mo
     script = BLOCKED.format(blocked={"pydantic", "pybind11", "triton", "tqdm", "transformers"}, root=str(ROOT))
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "C++: no C++ compiler (no-such-compiler not found)" in done.stdout
+    assert "C++: expected a C++ compiler in CXX, got no-such-compiler, not found; correct it or unset it" in done.stdout
     assert "CUDA: no nvcc" in done.stdout
     assert "auto takes" in done.stdout
 
@@ -171,6 +171,7 @@ def test_auto_is_what_the_variable_says(backend: str, monkeypatch: pytest.Monkey
         ("PYZERO_BACKEND", "cpuu", "expected PYZERO_BACKEND as one of auto, cuda, cpu, triton, reference, got cpuu; "),
         ("PYZERO_BUILD", "all of it", "expected PYZERO_BUILD as one of auto, none, cpu, cuda, all, got all of it; "),
         ("PYZERO_NUM_THREADS", "0", "expected PYZERO_NUM_THREADS as a number from 1, got 0; correct it or unset it"),
+        ("MAX_JOBS", "all", "expected MAX_JOBS as a number from 1, got all; correct it or unset it"),
         ("CXX", "'c++", "expected CXX as a command, got 'c++ (No closing quotation); correct it or unset it"),
     ],
 )
