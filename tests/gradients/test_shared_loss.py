@@ -446,6 +446,7 @@ def test_adversaries_in_fp16_follow_those_in_fp32(run, size, stage):
             torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-3)  # weights are rounded to 11 bits in each step
 
 
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="compiled autograd of torch 2.6 runs no callbacks at its end")
 def test_under_compiled_autograd():
     from torch._dynamo import compiled_autograd
 

@@ -692,7 +692,7 @@ def with_compiled_autograd(group: Any, stage: int, clips: bool, compiled: bool) 
 @pytest.mark.parametrize("clips", [False, True])
 def test_compiled_autograd_runs_the_hooks(ranks, size, stage, clips):
     if torch.__version__ < "2.7":
-        pytest.skip("compiled autograd of torch 2.6 runs no hooks of parameters, and none that await its end")
+        pytest.skip("compiled autograd of torch 2.6 runs no hooks of parameters, and no callbacks at its end")
     wanted = ranks.run(size, with_compiled_autograd, stage, clips, False)[0]
     for got in ranks.run(size, with_compiled_autograd, stage, clips, True):
         assert_same(got, wanted)
