@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -41,9 +42,11 @@ class Pieces:
         self._bucket = bucket
         self._are_contiguous = [bucket.flat_params.is_contiguous(position) for position in range(len(bucket.params))]
         self._pieces = _cut(bucket, low, high, fills_gaps)
-        self._sources = [(piece.position, piece.zeros) for piece in self._pieces]
-        self._positions = [position for position, zeros in self._sources if zeros is None]
+        self._positions = [piece.position for piece in self._pieces if piece.zeros is None]
         self._offsets = [piece.offset for piece in self._pieces]
+        self._gaps = [piece.zeros for piece in self._pieces if piece.zeros is not None]
+        after_grads = count(len(bucket.params))
+        self._sources = [piece.position if piece.zeros is None else next(after_grads) for piece in self._pieces]
         self._are_plain = all(  # each is a whole, contiguous parameter
             self._are_contiguous[piece.position] and piece.end - piece.begin == bucket.params[piece.position].numel()
             for piece in self._pieces
@@ -67,7 +70,8 @@ class Pieces:
         """
         if not self._are_plain or not self._pieces:
             return None
-        tensors: list[Any] = [grads[position] if zeros is None else zeros for position, zeros in self._sources]
+        found = [*grads, *self._gaps] if self._gaps else grads
+        tensors: list[Any] = [found[place] for place in self._sources]
         rows = native_rows(tensors, ALIGNED | ONE_DTYPE)
         dtype = self._bucket.dtype
         if rows is None or tensors[0].dtype is not dtype or tensors[-1].dtype is not dtype:
