@@ -157,4 +157,4 @@ class Status(ZeroBase):
 
     def state_bytes(self) -> int:
         """Return the bytes of masters and the rule's state on this rank."""
-        return sum(bucket.num_state_bytes() for bucket in self._buckets)
+        return sum(tensor.nbytes for bucket in self._buckets for tensor in bucket.state_tensors())
