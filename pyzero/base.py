@@ -248,10 +248,6 @@ class ZeroBase(Optimizer):
         """Whether a frozen parameter with a `.grad` counts as trained. Only on one rank: others cannot see `.grad`."""
         return self._group.size == 1 and not self._topology.model_dims
 
-    def _members(self) -> list[int]:
-        """Return the ranks that share this optimizer's state, and so train the same parameters."""
-        return self._group.members()
-
     def _learn_arrival(self) -> None:
         """In the first step, move parameters to buckets in the order in which their gradients arrived."""
         if self._arrival_order.is_learning:

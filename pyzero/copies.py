@@ -49,26 +49,20 @@ def contents(optimizer: ZeroOptimizer, num_ranks: int, trained: list[Tensor]) ->
     state = io.BytesIO()
     torch.save(optimizer.full_state_dict(), state)
     return {
-        "groups": [
-            _as_given(group, _names(optimizer, index), optimizer.defaults) | optimizer._options_for_rule(index)
-            for index, group in enumerate(optimizer.param_groups)
-        ],
+        "groups": [_as_given(optimizer, index) for index in range(len(optimizer.param_groups))],
         "trained": [user_param(param) for param in trained],
         "state": state.getvalue(),
     }
 
 
-def _names(optimizer: ZeroOptimizer, index: int) -> list[str]:
-    """Return the names of a group's parameters: those that were appended may have none of their own."""
-    return [optimizer._name(index, position) for position in range(len(optimizer.param_groups[index]["params"]))]
-
-
-def _as_given(group: dict[str, Any], names: list[str], defaults: dict[str, Any]) -> dict[str, Any]:
+def _as_given(optimizer: ZeroOptimizer, index: int) -> dict[str, Any]:
     """Return a group as an optimizer takes it, with (name, parameter) pairs. The state has the group's other keys."""
+    group = optimizer.param_groups[index]
     params = group["params"]
-    if "param_names" in group:
-        params = [*zip(names, params, strict=True)]
-    return {"params": params, **{key: group[key] for key in defaults if key in group}}
+    if "param_names" in group:  # parameters that were appended may have none of their own
+        params = [(optimizer._name(index, position), param) for position, param in enumerate(params)]
+    options = {key: group[key] for key in optimizer.defaults if key in group}
+    return {"params": params, **options, **optimizer._options_for_rule(index)}
 
 
 def give_memory(params: Iterable[Tensor]) -> None:

@@ -76,7 +76,7 @@ class FullAccess(ZeroBase):
     ) -> Tensor | None:
         if not stats.used[bucket.numbers[position]]:
             return None
-        self._check_alike("the gradient", bucket, position, is_whole)
+        self._group.check_alike(*self._spelled("the gradient", bucket, position, is_whole))
         flat = self._gradients.whole(bucket, position)
         for factor in (stats.unscale, self._gradients.factor()):
             if factor is not None:
@@ -229,15 +229,12 @@ class FullAccess(ZeroBase):
         """Return the groups of ranks that hold other parts of DTensors."""
         return [dim.group for dim in self._topology.model_dims if dim.is_of_mesh]
 
-    def _check_alike(self, what: str, bucket: Bucket, position: int, is_whole: bool = False) -> None:
-        """Raise if ranks read different parameters: parts of two would be mixed. is_whole: Read all of a DTensor."""
-        self._group.check_alike(*self._spelled(what, bucket, position, is_whole))
-
     def _follow_alike(self, what: str, bucket: Bucket, position: int, is_whole: bool = False) -> None:
-        """Have the masters follow the weights, and do `_check_alike`. Called before state is read."""
+        """Have the masters follow the weights, and check that ranks read alike. Called before state is read."""
         self._follow(*self._spelled(what, bucket, position, is_whole))
 
     def _spelled(self, what: str, bucket: Bucket, position: int, is_whole: bool) -> tuple[str, Sequence[Group]]:
+        """Return what Group.check_alike compares: parts of two parameters would be mixed. is_whole: Of a DTensor."""
         mesh_groups = self._mesh_groups() if is_whole and isinstance(bucket.params[position], LocalParam) else []
         return f"{what} of parameter {bucket.numbers[position]}", mesh_groups
 

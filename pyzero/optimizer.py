@@ -269,26 +269,16 @@ class ZeroOptimizer(StateDicts):
         is_captured = check_capture(self._device, self._num_ranks, self._last is None, self._param_groups)
         if is_captured:
             self._gradients.check_capture()
-        error = self._prepare_step()
-        exchanges = self._buckets or self._topology.model_dims  # a rank without buckets answers these too
-        try:
-            if error is not None and exchanges and self._num_ranks > 1:
-                self._raise_on_all_ranks(error, "step")
-            if error is not None:
-                raise error
-        finally:
-            del error  # its traceback holds this frame, and the callers'
-        if exchanges:
+        if self._prepare_step():
             self._take_step()
         if is_captured:
             self._updater.keep_for_graph(self._param_buckets.steps, self._param_groups)
         return loss
 
-    def _prepare_step(self) -> Exception | None:
+    def _prepare_step(self) -> bool:
         """Check the hyper-parameters, place unfrozen parameters, and have masters follow weights written by others.
 
-        Returns:
-            The error that keeps this rank from the step, or None. The caller tells it to the other ranks.
+        Return whether there is anything to step. If this fails on one rank, all raise.
         """
         error = None
         for prepare in (self._check_groups, self._place_unfrozen, self._param_buckets.follow_weights):
@@ -298,10 +288,15 @@ class ZeroOptimizer(StateDicts):
                 raise
             except Exception as found:
                 error = error or found
+        exchanges = bool(self._buckets or self._topology.model_dims)  # a rank without buckets answers these too
         try:
-            return error
+            if error is not None and exchanges and self._num_ranks > 1:
+                self._raise_on_all_ranks(error, "step")
+            if error is not None:
+                raise error
         finally:
-            del error
+            del error  # its traceback holds this frame, and the callers'
+        return exchanges
 
     def _check_groups(self) -> None:
         pairs = zip(self._param_groups, self._rules, strict=False)  # _place_unfrozen reports missing ones

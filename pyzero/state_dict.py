@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ from pyzero.ops.rows import FLOAT_DTYPES
 from pyzero.rank_state.export import describe, export_state
 from pyzero.rank_state.load import RankState, check_form
 from pyzero.rank_state.notes import RULE, SCALER, ZERO, note_master_steps
-from pyzero.rank_state.saved_cut import SavedCut, agreed_cut
+from pyzero.rank_state.saved_cut import SavedCut, Summary, agreed_cut
 from pyzero.sharding.agreement import Unfrozen, check_unfrozen
 from pyzero.sharding.buckets import MASTER, STEP
 from pyzero.sharding.gather import widen
@@ -172,10 +172,11 @@ class StateDicts(FullAccess, Status):
 
         Raise if any rank's parameters do not fit. Collective.
         """
-        problem, unfrozen = None, []
         frozen: list[Tensor] = []
-        told: Unfrozen = {}
-        try:
+        unfrozen: list[int] = []
+
+        def prepare() -> Unfrozen:
+            nonlocal state_dict, frozen, unfrozen
             for before in self._optimizer_load_state_dict_pre_hooks.values():
                 state_dict = before(self, state_dict) or state_dict
             check_form(state_dict)
@@ -185,14 +186,9 @@ class StateDicts(FullAccess, Status):
                 told = self._describe_unfrozen(unfrozen)
             for bucket in self._buckets:
                 bucket.flat_params.foreign_writes()  # raises if masters cannot follow the writes
-        except CollectiveError:  # the other ranks raise it too
-            raise
-        except Exception as error:
-            problem = error
-        try:
-            check_unfrozen(self._members(), self._tell(problem, told))
-        finally:
-            problem = None  # its traceback holds this frame, and the callers'
+            return told
+
+        check_unfrozen(self._group.members(), self._on_all_ranks(prepare))
         with trained(*frozen):
             self._place_found(unfrozen)
         return state_dict, frozen
@@ -218,23 +214,31 @@ class StateDicts(FullAccess, Status):
             and can_be_trained(param)
         ]
 
-    def _tell(self, problem: Exception | None, answer: _T) -> list[_T]:
-        """Return the answers of the ranks that share the state. If one rank of the model has a problem, all raise.
+    def _on_all_ranks(self, act: Callable[[], _T]) -> list[_T]:
+        """Call `act`, as all ranks do. Return the results of the ranks that share the state. If one fails, all raise.
 
         Collective over all ranks that hold a part of the model.
         """
-        kind = "" if problem is None or isinstance(problem, ValueError) else f"{type(problem).__name__}: "
-        what = "the agreement on a load"
-        told = self._group.gather_objects((None if problem is None else f"{kind}{problem}", answer), what)
-        problems = {rank: text for rank, (text, _) in zip(self._members(), told, strict=True) if text is not None}
-        for group in self._topology.model_groups:
-            for found in group.gather_objects(problems, what):
-                problems = {**problems, **found}
+        problem, mine, answer = None, None, None
         try:
+            answer = act()
+        except CollectiveError:  # the other ranks raise it too
+            raise
+        except Exception as error:  # any other error: the other ranks wait for this rank's answer
+            problem = error
+            mine = f"{error}" if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        what = "the agreement on a load"
+        try:
+            told = self._group.gather_objects((mine, answer), what)
+            texts = zip(self._group.members(), told, strict=True)
+            problems = {rank: text for rank, (text, _) in texts if text is not None}
+            for group in self._topology.model_groups:
+                for found in group.gather_objects(problems, what):
+                    problems = {**problems, **found}
             if problem is not None:
                 raise problem
         finally:
-            problem = None
+            problem = None  # its traceback holds this frame, and the callers'
         for rank, text in sorted(problems.items()):
             raise ValueError(f"nothing was loaded, for rank {rank} could not: {text}")
         return [one for _, one in told]
@@ -260,23 +264,20 @@ class StateDicts(FullAccess, Status):
 
         Raise on all ranks if it does not fit on one. Collective.
         """
-        saved, problem, unsent = None, None, Unsent.NONE
-        try:
+        saved: RankState | None = None
+
+        def parse() -> tuple[Summary, Unsent]:
+            nonlocal saved
             saved = RankState.parse(
                 self, self._complete_torch_state(state_dict), self._param_buckets, self._group.rank, self._group.size
             )
-            summary, unsent = saved.summary(), self._gradients.unsent()
-        except Exception as error:  # any error: the other ranks wait for this rank's answer
-            problem, summary = error, None
-        try:
-            told = self._tell(problem, (summary, unsent))
-        finally:
-            problem = None
-        assert saved is not None
-        summaries = [of_rank for of_rank, _ in told if of_rank is not None]
-        return saved, agreed_cut(summaries), {kind for _, kind in told}
+            return saved.summary(), self._gradients.unsent()
 
-    def _complete_torch_state(self, state_dict: Any) -> Any:
+        told = self._on_all_ranks(parse)
+        assert saved is not None
+        return saved, agreed_cut([summary for summary, _ in told]), {kind for _, kind in told}
+
+    def _complete_torch_state(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Add what torch's optimizer of this rule does not save, such as step counts. A hook for subclasses."""
         return state_dict
 
@@ -309,18 +310,15 @@ def _on_host(value: Any) -> Any:
     return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
 
 
-def with_step_counts(state_dict: Any) -> Any:
+def with_step_counts(state_dict: dict[str, Any]) -> dict[str, Any]:
     """Return a copy that has a step count for each momentum buffer, because torch.optim.SGD and Muon save none.
 
     The count is 1: these rules ask at most whether a step is a parameter's first. A buffer of None, which older torch
-    saved without momentum, is dropped. Anything but a state dict is returned unchanged, and load_state_dict refuses it.
+    saved without momentum, is dropped.
     """
-    state = state_dict.get("state") if isinstance(state_dict, dict) else None
-    if not isinstance(state, dict):
-        return state_dict
     counted = {
-        index: {STEP: torch.ones(()), **values} if isinstance(values, dict) and "momentum_buffer" in values else values
-        for index, values in state.items()
+        index: {STEP: torch.ones(()), **values} if "momentum_buffer" in values else values
+        for index, values in state_dict["state"].items()
         if values != {"momentum_buffer": None}
     }
     return {**state_dict, "state": counted}

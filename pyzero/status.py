@@ -155,15 +155,6 @@ class Status(ZeroBase):
         others = self._topology.unmeshed
         return 1 if others is None else others.size
 
-    @property
-    def _same_params(self) -> bool:
-        """Whether all ranks have the same parameters, whole ones or their parts as DTensors."""
-        return self._topology.same_params
-
-    def _owns(self, param: Tensor) -> bool:
-        """Whether this model-parallel rank counts and saves the parameter."""
-        return self._topology.owns(param)
-
     def state_bytes(self) -> int:
         """Return the bytes of masters and the rule's state on this rank."""
-        return sum(bucket.num_state_bytes() for bucket in self._buckets)
+        return sum(tensor.nbytes for bucket in self._buckets for tensor in bucket.state_tensors())

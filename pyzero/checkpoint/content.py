@@ -161,7 +161,7 @@ def collect(model: nn.Module, optimizer: ZeroOptimizer, extra: dict[str, Any], e
     index = optimizer.model_parallel_rank
     owned = list(names.values())
     if index is not None:
-        owned = [name for param, name in names.items() if optimizer._owns(param)]
+        owned = [name for param, name in names.items() if optimizer._topology.owns(param)]
         lent = set(names.values()) - set(owned)
         values = {name: value for name, value in values.items() if name not in lent}
         tensors = {name: value for name, value in tensors.items() if name not in lent}

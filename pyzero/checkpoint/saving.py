@@ -180,7 +180,7 @@ def begin(optimizer: ZeroOptimizer) -> Group:
         if problem is not None:
             raise problem
         unfrozen = optimizer._describe_unfrozen(found)
-        return optimizer._members() if unfrozen else [], unfrozen
+        return optimizer._group.members() if unfrozen else [], unfrozen
 
     try:
         group = optimizer._checkpoint_group()

@@ -23,7 +23,6 @@ class SharedPages:
     """
 
     def __init__(self, descriptor: int, num_bytes: int) -> None:
-        self.num_bytes = num_bytes
         self._begin = 0  # in `pages`
         if num_bytes < _HUGE_PAGE_BYTES:
             self.pages = mmap.mmap(descriptor, num_bytes)

@@ -9,8 +9,7 @@ waits in backward and step.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
@@ -170,30 +169,27 @@ class SymmetricMemoryTransport(Transport):
             torch.cuda.current_stream(self._device).wait_event(self._read[number % _NUM_SLOTS])
         return self._slot(self.group.rank, number, 0, numel, dtype)
 
-    @contextlib.contextmanager
-    def _in_order(self) -> Iterator[None]:
-        """A context for a barrier. It runs after the last barrier on any stream, because ranks pair them in order."""
+    def _barrier(self) -> None:
+        """Make all ranks' current streams wait for each other, after the last barrier: ranks pair them in order."""
+        assert self._memory is not None
         if self._last is None:
-            yield
+            self._memory.barrier()
             return
         current = torch.cuda.current_stream(self._device)
         current.wait_event(self._last)
-        yield
+        self._memory.barrier()
         self._last.record(current)
 
     def _post(self) -> int:
         """Tell the ranks that the slot is written: after the barrier every rank's is. Return the message's number."""
-        assert self._memory is not None
         number = self._num_sent
         self._num_sent += 1
-        with self._in_order():
-            self._memory.barrier()
+        self._barrier()
         return number
 
     def _mark_read(self, number: int) -> None:
-        assert self._memory is not None
-        with self.group.broken_unless_finished(), self._in_order():
-            self._memory.barrier()
+        with self.group.broken_unless_finished():
+            self._barrier()
             self._num_read += 1
         if self._read:
             self._read[number % _NUM_SLOTS].record(torch.cuda.current_stream(self._device))
@@ -242,9 +238,7 @@ class SymmetricMemoryTransport(Transport):
         """Make all ranks' current streams wait for each other."""
 
         def meet() -> _Done:
-            assert self._memory is not None
-            with self._in_order():
-                self._memory.barrier()
+            self._barrier()
             return _Done(self._device)
 
         self.group.launch(what, meet).wait()

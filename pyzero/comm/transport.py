@@ -45,8 +45,7 @@ class Transport(ABC):
     def __init__(self, group: Group) -> None:
         self.group = group
 
-    @abstractmethod
-    def reserve(self, buckets: Sequence[tuple[int, int]], num_params: int) -> None:
+    def reserve(self, buckets: Sequence[tuple[int, int]], num_params: int) -> None:  # noqa: B027
         """Make room for what one step sends. Collective, with the same arguments; nothing may be under way.
 
         Args:
@@ -87,9 +86,6 @@ class Transport(ABC):
 
 class _LibraryTransport(Transport):
     """Allocates buffers when they are needed, and gathers by torch.distributed."""
-
-    def reserve(self, buckets: Sequence[tuple[int, int]], num_params: int) -> None:
-        """See Transport. Does nothing."""
 
     def buffer(
         self, numel: int, dtype: torch.dtype, device: torch.device, side: torch.cuda.Stream | None = None

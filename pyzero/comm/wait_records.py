@@ -36,18 +36,14 @@ class WaitRecords:
     Args:
         store: A store of torch.distributed that only these ranks use.
         rank: This rank in the group.
-        size: Number of ranks.
-        everyones: A store that all groups use, for what a process waits for in any of them; None: no such records.
+        everyones: A store that all groups use, for what a process waits for in any of them.
         members: The ranks of this group, as `everyones` numbers processes.
         name: Of this group, in `everyones`.
     """
 
-    def __init__(
-        self, store: Any, rank: int, size: int, everyones: Any = None, members: Sequence[int] = (), name: str = ""
-    ) -> None:
+    def __init__(self, store: Any, rank: int, everyones: Any, members: Sequence[int], name: str) -> None:
         self._store = store
         self._rank = rank
-        self._size = size
         self._everyones = everyones
         self._members = members
         self._name = name
@@ -77,14 +73,12 @@ class WaitRecords:
 
         The record of a wait that failed stays: the other ranks may time out a moment later, and read it.
         """
-        if self._everyones is not None:
-            self._ask(lambda: self._note(None))
+        self._ask(lambda: self._note(None))
 
     def elsewhere(self) -> dict[int, WaitRecord]:
         """Return by rank what ranks wait for in other groups, as far as the store answers soon."""
         found: dict[int, WaitRecord] = {}
-        if self._everyones is not None:
-            self._ask(lambda: found.update(self._elsewhere()))
+        self._ask(lambda: found.update(self._elsewhere()))
         return dict(found)
 
     def _ask(self, question: Callable[[], None]) -> None:
@@ -107,7 +101,7 @@ class WaitRecords:
         if differs:
             self._store.set(_TROUBLE, "1")
         if differs or self._store.check([_TROUBLE]):
-            records = {rank: self._read(str(rank)) for rank in range(self._size)}
+            records = {rank: self._read(str(rank)) for rank in range(len(self._members))}
             self._seen = {rank: theirs for rank, theirs in records.items() if theirs is not None}
         elif latest is None or latest.number < record.number:
             self._write(_AWAITED, record)
@@ -118,8 +112,7 @@ class WaitRecords:
             self._store.set(_TROUBLE, "1")
 
     def _note(self, record: WaitRecord | None) -> None:
-        if self._everyones is not None:
-            self._everyones.set(str(self._members[self._rank]), json.dumps([self._name, record]))
+        self._everyones.set(str(self._members[self._rank]), json.dumps([self._name, record]))
 
     def _elsewhere(self) -> dict[int, WaitRecord]:
         found = {}

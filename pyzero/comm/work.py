@@ -181,7 +181,7 @@ class WorkGroup:
                 dist.distributed_c10d.PrefixStore(prefix, everyones) for prefix in (f"pyzero/{name}", "pyzero-waits")
             )
             members = dist.get_process_group_ranks(self.handle)
-            self._records = WaitRecords(own, self.rank, self.size, of_all, members, name)
+            self._records = WaitRecords(own, self.rank, of_all, members, name)
         return self._records
 
     def timeout(self) -> str:

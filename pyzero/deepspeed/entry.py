@@ -103,7 +103,8 @@ def initialize(
     _check_accumulation(model, settings, parallel)
     _check_storage(settings)
     is_pipeline = isinstance(model, PipelineModule)
-    trains = is_pipeline or _trains(optimizer, lr_scheduler, settings)
+    asks_to_train = optimizer, lr_scheduler, settings.optimizer, settings.scheduler
+    trains = is_pipeline or any(one is not None for one in asks_to_train)
     show_log()
     remark_on(settings, trains)
 
@@ -155,11 +156,6 @@ def _listed(item: Any) -> Any:
     if not isinstance(item, dict) or "params" not in item or isinstance(item["params"], Tensor):
         return item
     return {**item, "params": list(item["params"])}
-
-
-def _trains(optimizer: Any, lr_scheduler: Any, config: Config) -> bool:
-    """Return whether an optimizer or a scheduler is given or in the config."""
-    return not (optimizer is None and config.optimizer is None and lr_scheduler is None and config.scheduler is None)
 
 
 def _parallelism(model: nn.Module, config: Config, mesh: Any, mpu: Any, tp_size: int) -> Parallelism:

@@ -139,10 +139,8 @@ def groups_of(optimizer: Optimizer) -> list[dict[str, Any]]:
     groups = []
     for group in optimizer.param_groups:
         copy = {key: value for key, value in group.items() if key not in (*UNSUPPORTED, *IGNORED)}
-        if isinstance(optimizer, Adam):  # AdamW is a subclass of Adam only in newer torch
+        if isinstance(optimizer, (Adam, AdamW)):  # AdamW is a subclass of Adam only in newer torch
             copy["decoupled_weight_decay"] = isinstance(optimizer, AdamW)
-        elif isinstance(optimizer, AdamW):
-            copy["decoupled_weight_decay"] = True
         groups.append(copy)
     return groups
 

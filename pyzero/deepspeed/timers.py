@@ -37,11 +37,10 @@ class PhaseTimers:
             yield
             end.record()
             self._events.append((name, begin, end))
-            self._calls[name] = self._calls.get(name, 0) + 1
-            return
-        started = time.perf_counter()
-        yield
-        self._add(name, 1e3 * (time.perf_counter() - started))
+        else:
+            started = time.perf_counter()
+            yield
+            self._add(name, 1e3 * (time.perf_counter() - started))
         self._calls[name] = self._calls.get(name, 0) + 1
 
     def _add(self, name: str, milliseconds: float) -> None:

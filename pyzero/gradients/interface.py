@@ -31,12 +31,10 @@ class Gradients(ABC):
     hooks: GradientHooks  # of the parameters
     norm_before_clip: Tensor | None = None  # 0-D fp32, if clip() was called since the last gradient came
 
-    def __init__(self, group: Group, stats_exchange: GradStatsExchange, device: torch.device, backend: str) -> None:
+    def __init__(self, group: Group, stats_exchange: GradStatsExchange, device: torch.device) -> None:
         self._group = group
         self._stats_exchange = stats_exchange
         self._device = device
-        self._backend = backend
-        self._buckets: list[Bucket] = []
 
     @abstractmethod
     def add(self, bucket: Bucket) -> None:
@@ -73,9 +71,11 @@ class Gradients(ABC):
     def expect_scales(self) -> None:  # noqa: B027
         """Hook all parameters, because gradients may carry another optimizer's loss scale."""
 
-    @abstractmethod
-    def check_arrived(self) -> None:
-        """Raise RuntimeError if something other than backward wrote `.grad`, so that its loss scale is unknown."""
+    def check_arrived(self) -> None:  # noqa: B027
+        """Raise RuntimeError if something other than backward wrote `.grad`, so that its loss scale is unknown.
+
+        Unless gradients are reduced, nothing is checked: such values count as carrying the scale of `.grad`.
+        """
 
     @abstractmethod
     def collect(self, scaler_found_inf: Tensor | None, purpose: str) -> GlobalGradStats:
@@ -162,8 +162,7 @@ class Gradients(ABC):
     def has_pending_gradients(self) -> bool:
         """Whether this rank knows of gradients that no step has taken."""
 
-    @abstractmethod
-    def finish_broken_round(self) -> None:
+    def finish_broken_round(self) -> None:  # noqa: B027
         """If gradients are reduced, finish the round of a backward that an exception has ended."""
 
     def unsent(self) -> Unsent:
@@ -177,9 +176,8 @@ class Gradients(ABC):
             RuntimeError: Some of them carry the loss scale, and some do not.
         """
 
-    @abstractmethod
-    def check_capture(self) -> None:
-        """Called before a CUDA graph captures a step. Raise RuntimeError if it would replay wrongly."""
+    def check_capture(self) -> None:  # noqa: B027
+        """Called before a CUDA graph captures a step, on one rank. Raise RuntimeError if it would replay wrongly."""
 
     @abstractmethod
     def reset(self) -> None:

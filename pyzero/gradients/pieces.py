@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -43,14 +44,15 @@ class Pieces:
         self._pieces = _cut(bucket, low, high, fills_gaps)
         self._positions = [piece.position for piece in self._pieces if piece.zeros is None]
         self._offsets = [piece.offset for piece in self._pieces]
-        self._gaps = [piece.zeros for piece in self._pieces]
-        self._places = [place for place, zeros in enumerate(self._gaps) if zeros is None]
-        whole = [piece.zeros is not None or (piece.begin, piece.end) == self._bounds(piece) for piece in self._pieces]
-        self._are_plain = all(whole) and all(self._are_contiguous[position] for position in self._positions)
+        self._gaps = [piece.zeros for piece in self._pieces if piece.zeros is not None]
+        after_grads = count(len(bucket.params))
+        self._sources = [piece.position if piece.zeros is None else next(after_grads) for piece in self._pieces]
+        self._are_plain = all(  # each is a whole, contiguous parameter
+            self._are_contiguous[piece.position] and piece.end - piece.begin == bucket.params[piece.position].numel()
+            for piece in self._pieces
+            if piece.zeros is None
+        )
         self._last: tuple[bytes, list[int]] = b"", []  # as_they_lie()'s rows and addresses
-
-    def _bounds(self, piece: _Piece) -> tuple[int, int]:
-        return 0, self._bucket.params[piece.position].numel()
 
     @property
     def num_pieces(self) -> int:
@@ -68,9 +70,8 @@ class Pieces:
         """
         if not self._are_plain or not self._pieces:
             return None
-        tensors: list[Any] = [grads[position] for position in self._positions]
-        if len(self._places) < len(self._gaps):
-            tensors = self._fill_in(tensors)
+        found = [*grads, *self._gaps] if self._gaps else grads
+        tensors: list[Any] = [found[place] for place in self._sources]
         rows = native_rows(tensors, ALIGNED | ONE_DTYPE)
         dtype = self._bucket.dtype
         if rows is None or tensors[0].dtype is not dtype or tensors[-1].dtype is not dtype:
@@ -93,7 +94,8 @@ class Pieces:
                 if grad is None:
                     continue
                 grad = awaited(grad)
-                grad = grad.resolve_neg() if _is_negated(grad) else grad
+                # A conjugate's imaginary part holds negated values. It is unaligned: as_they_lie() returns None for it.
+                grad = grad.resolve_neg() if grad.is_neg() else grad
                 is_flat = grad.dim() == 1 or self._are_contiguous[position]
                 piece = grad if is_flat and grad.is_contiguous() else self._bucket.flat_of(grad, position)
                 if end - begin != grad.numel():
@@ -101,18 +103,6 @@ class Pieces:
             pieces.append(piece)
             offsets.append(offset)
         return GradPieces(pieces, offsets, [piece.data_ptr() for piece in pieces], is_list=False)
-
-    def _fill_in(self, grads: Sequence[Tensor | None]) -> list[Any]:
-        """Return the gradients with the gaps' zeros between them."""
-        filled: list[Any] = self._gaps.copy()
-        for place, grad in zip(self._places, grads, strict=True):
-            filled[place] = grad
-        return filled
-
-
-def _is_negated(grad: Tensor | None) -> bool:
-    """Whether memory holds negated values, as of a conjugate's imaginary part, which is unaligned (see as_they_lie)."""
-    return grad is not None and grad.is_neg()
 
 
 def _cut(bucket: Bucket, low: int, high: int, fills_gaps: bool) -> list[_Piece]:

@@ -248,24 +248,20 @@ def _mark_all(one: ScaledBackward) -> None:
     one._keep_apart()
 
 
-def _mark_with_end(one: ScaledBackward) -> None:
-    weak, running = weakref.ref(one), one._running
-
-    def ended() -> None:
-        alive = weak()
-        if alive is not None:
-            alive.end_of(running)
-
-    mark_backward_scaled(one, ended)
-    one._keep_apart()
-
-
 def _claim_until_end(one: ScaledBackward) -> None:
     """Begin and mark a scaled backward, unless another thread runs one."""
     with _changes:
         one._check_thread()
         one._begin()
-        _mark_with_end(one)
+        weak, running = weakref.ref(one), one._running
+
+        def ended() -> None:
+            alive = weak()
+            if alive is not None:
+                alive.end_of(running)
+
+        mark_backward_scaled(one, ended)
+        one._keep_apart()
 
 
 # Compiled autograd traces hooks.

@@ -214,7 +214,7 @@ class ZeroMuon(ZeroOptimizer):
             return False
         return super()._is_of_rule(group_index, options)
 
-    def _complete_torch_state(self, state_dict: Any) -> Any:
+    def _complete_torch_state(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         return with_step_counts(state_dict)
 
     def _rule_of(self, group: dict[str, Any]) -> UpdateRule:

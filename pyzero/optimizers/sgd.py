@@ -149,7 +149,7 @@ class FusedZeroSGD(ZeroOptimizer):
         """See `StateDicts`. State saved with or without momentum fits, because groups may differ in it."""
         return name in (self._with_buffer.name, self._without_buffer.name) or super()._takes_rule(name)
 
-    def _complete_torch_state(self, state_dict: Any) -> Any:
+    def _complete_torch_state(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         return with_step_counts(state_dict)
 
     def _rule_of(self, group: dict[str, Any]) -> UpdateRule:

@@ -35,7 +35,7 @@ def describe(
 
 def export_state(optimizer: Any, state_dict: dict[str, Any], param_buckets: ParamBuckets, group: Group) -> None:
     """Give the tensors of a torch state dict the parameters' shapes. With several ranks they become ShardedStates."""
-    origin, same_params = state_dict["param_groups"][0][ZERO], optimizer._same_params
+    origin, same_params = state_dict["param_groups"][0][ZERO], optimizer._topology.same_params
     locations = param_buckets.locations
     for live, packed in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
         for param, number in zip(live["params"], packed["params"], strict=True):

@@ -174,7 +174,6 @@ def check_form(state_dict: Any) -> None:
 
 def _checked_groups(optimizer: Any, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the saved groups. Raise ValueError if they do not fit the optimizer."""
-    check_form(state_dict)
     saved: list[dict[str, Any]] = state_dict["param_groups"]
     rule = notes_of(saved[0]).get(RULE) if saved else None  # none in a torch optimizer's
     if not optimizer._takes_rule(rule):

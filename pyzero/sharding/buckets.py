@@ -330,7 +330,3 @@ class Bucket:
             else:
                 in_shard, in_param = self.shard_values(name, position)
                 self.sharded(name)[in_shard].copy_(value[in_param])
-
-    def num_state_bytes(self) -> int:
-        """Return the bytes of masters (fp32 weights have no extra ones) and slots."""
-        return sum(tensor.nbytes for tensor in self.state_tensors())

@@ -33,9 +33,9 @@ def _living_modules(kind: type) -> list[Any]:
     return [module for module in living(kind) if "_parameters" in module.__dict__ and "_modules" in module.__dict__]
 
 
-def _submodules(root: nn.Module, seen: set[int]) -> Iterator[nn.Module]:
+def _submodules(root: nn.Module) -> Iterator[nn.Module]:
     """Yield the module and all below it. Calls no method, because a subclass may have overridden it."""
-    waiting = [root]
+    waiting, seen = [root], set[int]()
     while waiting:
         module = waiting.pop()
         if id(module) in seen:
@@ -46,18 +46,10 @@ def _submodules(root: nn.Module, seen: set[int]) -> Iterator[nn.Module]:
         waiting += [child for child in reversed(list(below.values())) if child is not None]
 
 
-def _held(module: nn.Module, params: Collection[Tensor]) -> bool:
-    return any(
-        param is not None and param in params
-        for part in _submodules(module, set())
-        for param in (part.__dict__.get("_parameters") or {}).values()
-    )
-
-
 def find_ddp_wrapper(params: Collection[Tensor]) -> str | None:
     """Return the class name of the module in a DistributedDataParallel that holds one of these parameters, or None."""
     for wrapper in _living_modules(DistributedDataParallel):
-        if _held(wrapper, params):
+        if any(_holds_directly(part, params) for part in _submodules(wrapper)):
             return type(wrapper.__dict__["_modules"].get("module")).__name__
     return None
 
@@ -91,12 +83,12 @@ def _holds_directly(module: nn.Module, params: Collection[Tensor]) -> bool:
 
 def replaced_in_forward() -> set[int]:
     """Return the ids of the tensors that torch.nn.utils.spectral_norm uses as weights until the next forward."""
-    hooked = ((module, hook) for module in _living_modules(nn.Module) for hook in _pre_hooks(module))
-    return {id(module.__dict__.get(hook.name)) for module, hook in hooked if isinstance(hook, SpectralNorm)}
-
-
-def _pre_hooks(module: nn.Module) -> list[Any]:
-    return list((module.__dict__.get("_forward_pre_hooks") or {}).values())
+    return {
+        id(module.__dict__.get(hook.name))
+        for module in _living_modules(nn.Module)
+        for hook in list((module.__dict__.get("_forward_pre_hooks") or {}).values())
+        if isinstance(hook, SpectralNorm)
+    }
 
 
 def named_tensors(root: nn.Module) -> dict[str, Tensor]:

@@ -218,10 +218,11 @@ class ParamBuckets:
 
     def shapes_of(self, param: Tensor) -> dict[str, torch.Size]:
         """Return the whole shapes of a parameter's master and of its rule's slots."""
-        slots = self.rule_of(param).slots
-        flat = {slot.name: torch.Size([ceil_div(param.numel(), slot.elements_per_value)]) for slot in slots}
-        per_element = {slot.name: param.shape for slot in slots if slot.elements_per_value == 1}
-        return {MASTER: param.shape, **flat, **per_element}
+        shapes = {MASTER: param.shape}
+        for slot in self.rule_of(param).slots:
+            per_value = slot.elements_per_value
+            shapes[slot.name] = param.shape if per_value == 1 else torch.Size([ceil_div(param.numel(), per_value)])
+        return shapes
 
     def add(
         self, param_groups: Sequence[dict[str, Any]], indices: Iterable[int], with_grads: bool = False
@@ -343,10 +344,25 @@ class ParamBuckets:
         return agree_on_params(self._group, Joining(trained, untrained, order))
 
     def _sync_others(self, roots: list[nn.Module], frozen: Collection[Tensor], ours: set[Tensor]) -> None:
-        """Copy rank 0's frozen parameters and buffers, each once: later, a graph may have saved them for backward."""
+        """Copy rank 0's frozen parameters, and buffers of the modules that hold the optimizer's parameters.
+
+        Each is copied once: later, a graph may have saved it for backward. Leave alone modules that only some ranks
+        have, or that one has twice, sparse and quantized tensors, and DTensors of other parts.
+        """
         is_first = not self.params and not self._joined_frozen  # the same on all ranks; `roots` may differ
-        if is_first or frozen:
-            _sync_module_states(self._group, roots if is_first else [], frozen, ours)
+        if not (is_first or frozen):
+            return
+        ranks = self._group.members()
+        found: dict[tuple[Any, ...], list[Tensor]] = {("group", str(i)): [param] for i, param in enumerate(frozen)}
+        for root in roots if is_first else ():
+            for name, tensor in modules.named_tensors(root).items():
+                if tensor not in frozen and tensor not in ours and is_same_part(tensor, ranks):
+                    key = (type(root).__qualname__, name, tuple(tensor.shape), str(tensor.dtype))
+                    found.setdefault(key, []).append(tensor)
+        unique = [key for key, tensors in found.items() if len(tensors) == 1 and _can_be_sent(tensors[0])]
+        rows = self._group.gather_objects(unique)
+        common = set.intersection(*(set(row) for row in rows))
+        self._group.broadcast_all([local_of(found[key][0].detach()) for key in rows[0] if key in common])
 
     def _make(
         self, layout: BucketLayout, index: int, every_param: Sequence[Tensor], every_spec: Sequence[ParamSpec]
@@ -368,17 +384,14 @@ class ParamBuckets:
         counts = [len(bucket.numbers) for bucket in self.buckets]
         for bucket, own in zip(self.buckets, steps.split(counts), strict=True):
             bucket.keep_steps_in(own)
-            self._show_state(bucket)
-        self.locations = {
-            user_param(p): Location(bucket, position)
-            for bucket in self.buckets
-            for position, p in enumerate(bucket.params)
-        }
+            self._show(bucket)
         self._views = {param: self._state[param] for param in self.locations}
         self._views_ids = list(map(id, self._state.values()))
 
-    def _show_state(self, bucket: Bucket) -> None:
+    def _show(self, bucket: Bucket) -> None:
+        """Make a bucket's parameters be found in it, and show their state."""
         for position, param in enumerate(bucket.params):
+            self.locations[user_param(param)] = Location(bucket, position)
             self._state[user_param(param)] = bucket.state_views(position)
 
     def plan_by_arrival(self, arrival: Sequence[int]) -> list[BucketLayout] | None:
@@ -411,11 +424,8 @@ class ParamBuckets:
         for index, layout in enumerate(layouts):
             bucket = self._make(layout, index, self.params, self.specs)
             bucket.masters_from_weights()
-            self._show_state(bucket)  # instead of the old bucket's, so that its memory can be freed
+            self._show(bucket)  # instead of the old bucket's state, so that its memory can be freed
             self.buckets.append(bucket)
-            self.locations.update(
-                {user_param(param): Location(bucket, position) for position, param in enumerate(bucket.params)}
-            )
             moved.update(bucket.numbers)
             empty = [other for other in old if moved.issuperset(other.numbers)]
             old = [other for other in old if other not in empty]
@@ -453,23 +463,3 @@ def _is_trained(param: Tensor, with_grads: bool) -> bool:
 
 def _can_be_sent(tensor: Tensor) -> bool:
     return tensor.layout == torch.strided and not tensor.is_quantized
-
-
-def _sync_module_states(group: Group, roots: list[nn.Module], frozen: Collection[Tensor], ours: set[Tensor]) -> None:
-    """Broadcast rank 0's frozen parameters, and buffers of the modules that hold the optimizer's parameters.
-
-    Leave alone modules that only some ranks have, or that one has twice, sparse and quantized tensors, and DTensors of
-    other parts.
-    """
-    ranks = group.members()
-    found: dict[tuple[Any, ...], list[Tensor]] = {("group", str(i)): [param] for i, param in enumerate(frozen)}
-    known = {*frozen, *ours}
-    for root in roots:
-        for name, tensor in modules.named_tensors(root).items():
-            if tensor not in known and is_same_part(tensor, ranks):
-                key = (type(root).__qualname__, name, tuple(tensor.shape), str(tensor.dtype))
-                found.setdefault(key, []).append(tensor)
-    unique = [key for key, tensors in found.items() if len(tensors) == 1 and _can_be_sent(tensors[0])]
-    rows = group.gather_objects(unique)
-    common = set.intersection(*(set(row) for row in rows))
-    group.broadcast_all([local_of(found[key][0].detach()) for key in rows[0] if key in common])

@@ -233,10 +233,8 @@ def _are_orthogonal(dims: Iterable[_Ranks]) -> bool:
 def _covers(dims: Iterable[_Ranks], everyone: _Ranks) -> bool:
     """Whether moving along the dimensions reaches exactly these ranks."""
     dims = list(dims)
-    num_reached = 1
-    for ranks in dims:
-        num_reached *= len(ranks)
-    return num_reached == len(everyone) and _are_orthogonal(dims) and all(set(ranks) <= set(everyone) for ranks in dims)
+    is_right_size = math.prod(map(len, dims)) == len(everyone)
+    return is_right_size and _are_orthogonal(dims) and all(set(ranks) <= set(everyone) for ranks in dims)
 
 
 def _spell(dims: Iterable[_Ranks]) -> str:

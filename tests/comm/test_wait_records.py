@@ -39,7 +39,7 @@ def store(monkeypatch):
 
 
 def records_of(store: Any, size: int) -> list[WaitRecords]:
-    return [WaitRecords(store, rank, size) for rank in range(size)]
+    return [WaitRecords(store, rank, dist.HashStore(), range(size), "a group") for rank in range(size)]
 
 
 def test_ranks_that_wait_for_the_same_ask_little(store):

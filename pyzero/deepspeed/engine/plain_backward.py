@@ -45,9 +45,7 @@ def watch(
         edited: Called in a backward through an output that is a view and was edited in place, past the hook.
     """
     given = {_edge(t): t for t in tensors.find(outputs) if t.grad_fn is not None and _edge(t) not in inputs}
-    again = {
-        (node, number) for node, number in given if number in node.metadata.get(_WATCHED, ())
-    }  # kept by the module
+    again = {edge for edge in given if edge[1] in edge[0].metadata.get(_WATCHED, ())}  # kept by the module
     found = {edge: tensor for edge, tensor in given.items() if edge not in again}
     for (node, number), tensor in found.items():
         node.metadata.setdefault(_WATCHED, set()).add(number)

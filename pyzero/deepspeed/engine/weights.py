@@ -70,14 +70,7 @@ class EngineWeights:
         dtype = self.config.weights_dtype()
         return value.to(dtype) if dtype is not None and torch.is_tensor(value) and value.is_floating_point() else value
 
-    def save_fp16_model(
-        self,
-        save_dir: str | Path,
-        save_filename: str = "pytorch_model.bin",
-        exclude_frozen_parameters: bool = False,
-    ) -> bool:
-        """Call `save_16bit_model`, of which this is the older name."""
-        return self.save_16bit_model(save_dir, save_filename, exclude_frozen_parameters)
+    save_fp16_model = save_16bit_model  # its older name
 
     def save_pretrained(
         self, save_directory: str | Path, is_main_process: bool = True, state_dict: Any = None, **options: Any

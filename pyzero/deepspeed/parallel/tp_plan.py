@@ -91,16 +91,14 @@ def check_sizes(model: nn.Module, cuts: list[Cut], size: int) -> None:
     for owner in _with_plans(model):
         config: Any = getattr(owner, "config", None)
         config = config.get_text_config() if hasattr(config, "get_text_config") else config
-        for heads in ("num_attention_heads", "num_key_value_heads"):
-            found = getattr(config, heads, None)
+        sizes = {heads: getattr(config, heads, None) for heads in ("num_attention_heads", "num_key_value_heads")}
+        for heads, found in sizes.items():
             if isinstance(found, int) and found % size:
                 raise ValueError(
                     f"expected {heads} that {size} tensor-parallel ranks divide, got {found} of "
                     f"{type(owner).__name__}; change tensor_parallel.autotp_size"
                 )
-
-        sizes = {getattr(config, heads, None) for heads in ("num_attention_heads", "num_key_value_heads")}
-        _check_no_weights_of_heads(model, cuts, sizes)
+        _check_no_weights_of_heads(model, cuts, {*sizes.values()})
 
 
 def _check_no_weights_of_heads(model: nn.Module, cuts: list[Cut], sizes: set[int | None]) -> None:

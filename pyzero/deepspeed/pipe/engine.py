@@ -357,6 +357,8 @@ class PipelineEngine(Engine):
             "model.safetensors` on what it wrote"
         )
 
+    save_fp16_model = save_16bit_model
+
 
 def _as_tuple(part: Any) -> Any:
     """Turn a list into a tuple. Return others unchanged.

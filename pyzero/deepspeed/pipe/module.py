@@ -162,7 +162,7 @@ class PipelineModule(nn.Module):
         for index, layer in enumerate(self.layer_specs):
             if isinstance(layer, TiedLayerSpec):
                 ties.setdefault(layer.key, set()).add(self.stage_owner(index))
-        self._has_ties = any(len(stages) > 1 for stages in ties.values())
+        self.has_ties = any(len(stages) > 1 for stages in ties.values())  # of any stages, also others than this one
         for key, stages in sorted(ties.items()):
             if len(stages) == 1:
                 continue
@@ -174,11 +174,6 @@ class PipelineModule(nn.Module):
                 for param in self.tied_modules[key].parameters() if self.stage_id != min(stages) else ():
                     param.model_parallel = False  # type: ignore[attr-defined]
         return groups
-
-    @property
-    def has_ties(self) -> bool:
-        """Whether any stages, also others than this one, hold copies of one layer."""
-        return self._has_ties
 
     def tied_params(self) -> Iterator[tuple[Tensor, Any]]:
         """Yield each parameter with copies on other stages, and the group of these. All stages use one order."""

@@ -129,10 +129,6 @@ class PipelineParallelGrid:
         """Return the topology of all ranks."""
         return self._topo
 
-    def get_stage_id(self) -> int:
-        """Return the index of this rank's stage."""
-        return self.stage_id
-
     def get_global_rank(self) -> int:
         """Return this process's rank in the default group."""
         return self.global_rank
@@ -141,9 +137,7 @@ class PipelineParallelGrid:
         """Return the index of this rank's replica."""
         return self.data_parallel_id
 
-    def get_data_parallel_id(self) -> int:
-        """Return the index of this rank's replica."""
-        return self.data_parallel_id
+    get_data_parallel_id = get_data_parallel_rank
 
     def get_data_parallel_group_ranks(self) -> list[int]:
         """Return the ranks that hold the same stage."""
@@ -169,7 +163,7 @@ class PipelineParallelGrid:
         """Return the group of this pipeline's ranks; None if there is one process."""
         return self._pp
 
-    get_pipeline_model_parallel_rank = get_pipe_parallel_rank
+    get_stage_id = get_pipeline_model_parallel_rank = get_pipe_parallel_rank
     get_pipeline_model_parallel_world_size = get_pipe_parallel_world_size
 
     # As in DeepSpeed, the ranks that hold parts of one model. Here these are its stages.

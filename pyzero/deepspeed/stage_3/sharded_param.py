@@ -153,19 +153,11 @@ _VIEWS = {
 _CONVERSIONS = {"to", "half", "float", "double", "bfloat16", "cuda", "cpu", "contiguous"}
 _SHAPES = {  # functions that read only shape, dtype and device
     *("size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size", "__len__"),
-    *(
-        "is_floating_point",
-        "is_complex",
-        "is_contiguous",
-        "is_signed",
-        "is_same_size",
-        "get_device",
-        "type",
-        "__hash__",
-    ),
+    *("is_floating_point", "is_complex", "is_contiguous", "is_signed", "is_same_size", "get_device", "type"),
     *("requires_grad_", "retain_grad", "register_hook", "register_post_accumulate_grad_hook", "is_pinned", "is_shared"),
     *("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor", "empty_like", "zeros_like", "ones_like"),
     *("full_like", "rand_like", "randn_like", "_has_compatible_shallow_copy_type", "data_ptr", "untyped_storage"),
+    "__hash__",
 }
 _WRITES = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"}
 

@@ -76,7 +76,9 @@ class UnreducedGradients(Gradients):
         scales: bool,
         backend: str,
     ) -> None:
-        super().__init__(group, stats_exchange, device, backend)
+        super().__init__(group, stats_exchange, device)
+        self._backend = backend
+        self._buckets: list[Bucket] = []
         self._runs: dict[Bucket, list[_RunGrads]] = {}  # of this rank's shards
         self._pieces: dict[Bucket, list[GradPieces]] = {}  # by run, from collect() on
         self._own: list[int] = []  # sorted begins and ends of the buckets' memory, alternating
@@ -364,12 +366,6 @@ class UnreducedGradients(Gradients):
     def has_pending_gradients(self) -> bool:
         """See Gradients. Unknown: the caller may have kept the `.grad` of the last step."""
         return False
-
-    def check_arrived(self) -> None:
-        """See Gradients. Checks nothing: values that others write to `.grad` count as carrying its scale."""
-
-    def finish_broken_round(self) -> None:
-        """See Gradients. There are no rounds."""
 
     def reset(self) -> None:
         """See Gradients."""

@@ -91,11 +91,6 @@ class BucketGrads:
             record.in_shards = InShards.ZEROS
             self._zero_part(record)
 
-    def replace(self, record: ParamGrad, value: Tensor) -> None:
-        """Replace one gradient, local and reduced, by (numel,) `value`, in memory order."""
-        self.write(record, value)
-        record.mark_replaced()
-
     def pack(self, send: Tensor, left_out: Callable[[ParamGrad], bool]) -> Tensor:
         """Pack local gradients into (numel,) `send`, with zeros for parameters without one."""
         grads = [None if left_out(record) else record.local_sum() for record in self.records]

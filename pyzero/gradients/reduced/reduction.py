@@ -61,7 +61,7 @@ class ReducedGradients(Gradients):
         grad_scaler_proxy: GradScalerProxy,
         backend: str,
     ) -> None:
-        super().__init__(group, stats_exchange, device, backend)
+        super().__init__(group, stats_exchange, device)
         self._exchange = BucketExchange(stats_exchange.names, transport, device)
         self._records = GradRecords(self._exchange, weakref.ref(self), backend)
         self._unsent_scale = UnsentScale(self._records, inv_scale)
@@ -87,13 +87,11 @@ class ReducedGradients(Gradients):
         """Append a bucket and hook its parameters. Gradients that are in `.grad` already count as unsent."""
         self._exchange.receive_all()  # the transport may replace its memory
         self._records.add(bucket)
-        self._buckets.append(bucket)
         self._reducer.add(bucket)
 
     def move_to(self, buckets: list[Bucket]) -> None:
         """See Gradients."""
         self._exchange.receive_all()
-        self._buckets = list(buckets)
         self._records.move_to(buckets, self._group)
         self._reducer.move()
 
@@ -171,7 +169,8 @@ class ReducedGradients(Gradients):
         grads = self._records.buckets[bucket.index]
         record = grads.records[position]
         self._records.observe(grads, record)
-        grads.replace(record, value)
+        grads.write(record, value)
+        record.mark_replaced()
 
     @torch.no_grad()
     def param_norm(self, record: ParamGrad, norm_type: float) -> Tensor:
@@ -278,9 +277,6 @@ class ReducedGradients(Gradients):
     def factor(self) -> Tensor | None:
         """See Gradients. All reduced gradients have the same one, or none."""
         return self._factors.common()
-
-    def check_capture(self) -> None:
-        """See Gradients. Checks nothing: steps of several ranks are never captured."""
 
     def whole(self, bucket: Bucket, position: int) -> Tensor:
         """See Gradients."""
