@@ -156,6 +156,16 @@ def test_found_inf_is_set_by_overflow_of_the_product_and_never_cleared(target: T
 
 
 @pytest.mark.parametrize("target", params(ALL))
+def test_finite_values_leave_the_flag_as_it_is(target: Target) -> None:
+    """As after a sum over ranks: only 0 and not 0 count, and nothing writes to it."""
+    with target.ready():
+        for flag in (2.0, -0.0, math.inf, math.nan):
+            for bad, wanted in ((1.0, flag), (math.nan, 1.0)):
+                _, got, _ = run([torch.tensor([1.0, bad])], 0.5, target, flag=flag)
+                assert_same(got, torch.tensor([wanted]), f"a flag of {flag}, with {bad}")
+
+
+@pytest.mark.parametrize("target", params(ALL))
 def test_squares_that_overflow_fp32_are_no_inf(target: Target) -> None:
     with target.ready():
         for scale in (0.5, 1.0):
