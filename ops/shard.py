@@ -209,7 +209,11 @@ def _check_segment_ids(segment_ids: Tensor, master: Tensor) -> None:
 
 def _check_ids(segment_ids: Tensor, num_segments: int) -> None:
     """Raise if an id has no segment. Those on a GPU are not read, because the host would wait for it."""
-    if segment_ids.device.type != "cpu" or not segment_ids.numel():
+    if not segment_ids.numel():
+        return
+    if not num_segments:
+        raise ValueError("expected a step count or a flag of each segment, got none; pass one for each")
+    if segment_ids.device.type != "cpu":
         return
     ids = segment_ids.numpy()
     if ids.view(np.uint32).max() >= num_segments:  # a negative one is large

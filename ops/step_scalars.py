@@ -16,7 +16,7 @@ from pyzero.ops.checks import (
     check_tensor,
     is_vector,
 )
-from pyzero.ops.rows import address_of
+from pyzero.ops.rows import APART, address_of, checked_rows
 
 STATS_COLUMNS = 3  # overflow flag, sum of squares, code of the first bad parameter
 NUM_SCALARS = 4
@@ -72,7 +72,8 @@ def step_scalars_(
             check_dtype(name, tensor, FLAG_DTYPES, "make it with dtype=torch.float32")
             check_flat(name, tensor, numel=numel)
             check_device(name, tensor, device)
-    check_disjoint((("out", out), ("stats", stats), ("steps", steps), ("used", used)))
+    if checked_rows((out, steps, used), rules=APART) is None:
+        check_disjoint((("out", out), ("steps", steps), ("used", used)))
     args = StepScalarsArgs(
         out=out,
         stats=stats,

@@ -93,6 +93,11 @@ ADAM = {
         ValueError,
         "segment_ids from 0 to 1, for 2 segments, got 7; correct them",
     ),
+    "segments-none": (
+        {"segment_ids": torch.zeros(2).int(), "step": ones(0)},
+        ValueError,
+        "expected a step count or a flag of each segment, got none; pass one",
+    ),
     "step-huge": ({"step": 10**400}, ValueError, r"expected step to count from 1, got inf; pass fewer than 2\*\*31"),
     "decoupled-text": ({"decoupled_weight_decay": "x"}, TypeError, "decoupled_weight_decay as True or False, got 'x'"),
     "eps": ({"eps": -1e-8}, ValueError, "expected eps >= 0, and finite in fp32, got -1e-08; correct it"),
