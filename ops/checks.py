@@ -86,12 +86,12 @@ def check_gradients(
 
 
 def as_number(name: str, value: Any, wanted: str = "a number", remedy: str = "pass one") -> float:
-    """Return a number as float; one too large for a float as an infinity."""
+    """Return a number as float: -0.0 as 0.0, as Triton's interpreter has it, and one too large as an infinity."""
     if type(value) is float:
-        return value
+        return value + 0.0
     if not isinstance(value, str) and hasattr(value, "__float__"):
         try:
-            return float(value)
+            return float(value) + 0.0
         except OverflowError:
             return math.copysign(math.inf, value > 0 or -1)
         except (TypeError, ValueError, RuntimeError):  # an array of several numbers

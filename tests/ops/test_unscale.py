@@ -56,6 +56,13 @@ def test_bits(target: Target, scale: float, on_device: bool) -> None:
         check(mixed(MIXED), scale, target, on_device=on_device)
 
 
+@pytest.mark.parametrize("target", params(FUSED))
+def test_a_number_has_no_negative_zero(target: Target) -> None:
+    """Triton's interpreter knows none."""
+    with target.ready():
+        check(mixed(MIXED), -0.0, target)
+
+
 @pytest.mark.parametrize(("target", "numel"), params_by_size(ALL, SIZES))
 def test_sizes(target: Target, numel: int) -> None:
     with target.ready():
