@@ -6,7 +6,7 @@ from torch import Tensor
 
 from pyzero.ops import registry
 from pyzero.ops.backend import AdamArgs, AdamHyper, Scalar
-from pyzero.ops.checks import FLAG_DTYPES, as_scalar, check_one
+from pyzero.ops.checks import FLAG_DTYPES, as_flag, as_number, as_scalar, check_one
 from pyzero.ops.shard import LARGEST, as_list, as_lr, check_active, checked_step, read_shard, refuse_hyper
 
 _STATES = ("master", "exp_avg", "exp_avg_sq")
@@ -71,12 +71,12 @@ def adam_(
         ValueError: A number is out of range; shapes, devices or alignment do not fit; or tensors overlap.
         BackendUnavailableError: The chosen backend cannot run here.
     """
-    try:
-        fits = 0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0 and 0.0 <= eps <= LARGEST and 0.0 <= weight_decay <= LARGEST
-    except TypeError:
-        fits = False
-    if not fits:
+    beta1, beta2 = as_number("beta1", beta1), as_number("beta2", beta2)
+    eps, weight_decay = as_number("eps", eps), as_number("weight_decay", weight_decay)
+    if not (0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0 and 0.0 <= eps <= LARGEST and 0.0 <= weight_decay <= LARGEST):
         refuse_hyper({"beta1": beta1, "beta2": beta2}, {"eps": eps, "weight_decay": weight_decay})
+    decoupled = as_flag("decoupled_weight_decay", decoupled_weight_decay)
+    hyper = AdamHyper(beta1, beta2, eps, weight_decay, decoupled, as_flag("maximize", maximize))
     outs = as_list(param_out)
     shard = (master, exp_avg, exp_avg_sq, *outs)
     grads, offsets, rows = read_shard(_STATES, shard, grad, grad_offsets, segment_ids, backend)
@@ -93,7 +93,7 @@ def adam_(
         grads=grads,
         offsets=offsets,
         rows=rows,
-        hyper=AdamHyper(beta1, beta2, eps, weight_decay, decoupled_weight_decay, maximize),
+        hyper=hyper,
         lr=as_lr(lr, device),
         step=step,
         grad_scale=as_scalar("grad_scale", grad_scale, device),

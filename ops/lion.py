@@ -6,7 +6,7 @@ from torch import Tensor
 
 from pyzero.ops import registry
 from pyzero.ops.backend import LionArgs, LionHyper, Scalar
-from pyzero.ops.checks import FLAG_DTYPES, as_scalar, check_one
+from pyzero.ops.checks import FLAG_DTYPES, as_flag, as_number, as_scalar, check_one
 from pyzero.ops.shard import LARGEST, as_list, as_lr, check_active, read_shard, refuse_hyper
 
 _STATES = ("master", "exp_avg")
@@ -60,12 +60,11 @@ def lion_(
         ValueError: A number is out of range; shapes, devices or alignment do not fit; or tensors overlap.
         BackendUnavailableError: The chosen backend cannot run here.
     """
-    try:
-        fits = 0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0 and 0.0 <= weight_decay <= LARGEST
-    except TypeError:
-        fits = False
-    if not fits:
+    beta1, beta2 = as_number("beta1", beta1), as_number("beta2", beta2)
+    weight_decay = as_number("weight_decay", weight_decay)
+    if not (0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0 and 0.0 <= weight_decay <= LARGEST):
         refuse_hyper({"beta1": beta1, "beta2": beta2}, {"weight_decay": weight_decay})
+    hyper = LionHyper(beta1, beta2, weight_decay, as_flag("maximize", maximize))
     outs = as_list(param_out)
     grads, offsets, rows = read_shard(_STATES, (master, exp_avg, *outs), grad, grad_offsets, segment_ids, backend)
     device = master.device
@@ -79,7 +78,7 @@ def lion_(
         grads=grads,
         offsets=offsets,
         rows=rows,
-        hyper=LionHyper(beta1, beta2, weight_decay, maximize),
+        hyper=hyper,
         lr=as_lr(lr, device),
         grad_scale=as_scalar("grad_scale", grad_scale, device),
         found_inf=found_inf,

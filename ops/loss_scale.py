@@ -3,6 +3,7 @@
 import functools
 import math
 import numbers
+import struct
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ from torch import Tensor
 
 from pyzero.ops import registry
 from pyzero.ops.backend import LossScaleArgs, LossScalePolicy
-from pyzero.ops.checks import FLAG_DTYPES, check_dtype, check_flat, check_one, is_vector
+from pyzero.ops.checks import FLAG_DTYPES, as_number, check_dtype, check_flat, check_one, check_tensor, is_vector
 
 _REMEDY = "make it with pyzero.ops.loss_scale_state(init_scale, hysteresis, device)"
 _WHOLE = {"growth_interval": 1, "hysteresis": 1, "growth_delay": 0}  # fields with whole numbers, and their least values
+_FLAG = "consecutive_hysteresis"  # all other fields are numbers
 STATE_SLOTS = ("scale", "growth_tracker", "hysteresis_left", "skipped_steps", "consecutive_skips")
 SCALE, SKIPPED, IN_A_ROW = (STATE_SLOTS.index(n) for n in ("scale", "skipped_steps", "consecutive_skips"))
 
@@ -29,7 +31,17 @@ def loss_scale_state(init_scale: float, hysteresis: int, device: torch.device | 
 
     Returns:
         (5,) fp32.
+
+    Raises:
+        TypeError: An argument is not a number.
+        ValueError: The scale is not positive and finite in fp32, or another number is out of range.
     """
+    init_scale = as_number("init_scale", init_scale)
+    if not 0.0 < init_scale <= torch.finfo(torch.float32).max:
+        raise ValueError(f"expected init_scale > 0, and finite in fp32, got {init_scale}; correct it")
+    wanted = wanted_of_policy(LossScalePolicy(hysteresis=hysteresis, growth_delay=growth_delay))
+    if wanted is not None:
+        raise ValueError(f"expected {wanted}, got hysteresis {hysteresis} and growth_delay {growth_delay}; correct it")
     fresh = [init_scale, 0.0 - growth_delay, float(hysteresis), 0.0, 0.0]
     return torch.tensor(fresh, dtype=torch.float32, device=device)
 
@@ -58,11 +70,17 @@ def loss_scale_update_(
         ValueError: Shapes or devices do not fit, or a field is out of range.
         BackendUnavailableError: The chosen backend cannot run here.
     """
-    device = state.device
-    if not is_vector(state, torch.float32, len(STATE_SLOTS), device):
+    if not isinstance(state, Tensor) or not is_vector(state, torch.float32, len(STATE_SLOTS), state.device):
         _refuse(state)
+    device = state.device
+    check_tensor("found_inf", found_inf)
     check_one("found_inf", found_inf, FLAG_DTYPES, device)
-    args = LossScaleArgs(state, found_inf, _checked(LossScalePolicy(**policy)))
+    fields = LossScalePolicy(**policy)
+    try:
+        args = LossScaleArgs(state, found_inf, _checked(fields))
+    except TypeError:
+        wanted_of_policy(fields)  # says more than that a list has no hash
+        raise
     registry.pick("loss_scale_update_", backend, device).loss_scale_update_(args)
 
 
@@ -71,11 +89,13 @@ def _checked(policy: LossScalePolicy) -> LossScalePolicy:
     wanted = wanted_of_policy(policy)
     if wanted is not None:
         raise ValueError(f"expected {wanted}, got {policy}; correct that field")
-    return policy._replace(
-        growth_interval=int(policy.growth_interval),
-        hysteresis=int(policy.hysteresis),
-        growth_delay=int(policy.growth_delay),
-    )
+    rounded: dict[str, Any] = {name: _in_fp32(name, value) for name, value in policy._asdict().items() if name != _FLAG}
+    return policy._replace(**rounded, consecutive_hysteresis=bool(policy.consecutive_hysteresis))
+
+
+def _in_fp32(name: str, value: Any) -> float:
+    """Return a number as the backends hold it; one too large for fp32 as inf."""
+    return float(struct.unpack("f", struct.pack("f", as_number(name, value)))[0])
 
 
 def wanted_of_policy(policy: LossScalePolicy) -> str | None:
@@ -92,7 +112,7 @@ def wanted_of_policy(policy: LossScalePolicy) -> str | None:
     for name, least in _WHOLE.items():
         value = getattr(policy, name)
         holds[f"{name} >= {least}"] = value >= least
-        holds[f"{name} as a whole number"] = float(value).is_integer()
+        holds[f"{name} as a whole number"] = as_number(name, value).is_integer()
     return next((condition for condition, is_met in holds.items() if not is_met), None)
 
 

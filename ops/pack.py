@@ -42,17 +42,18 @@ def pack_(
         BackendUnavailableError: The chosen backend cannot run here.
     """
     check_list("tensors", tensors)
-    device = bucket.device
-    rows = checked_rows([bucket, *tensors], rules=FIRST_APART) if bucket.dim() == 1 else None
+    is_flat = isinstance(bucket, Tensor) and bucket.dim() == 1
+    rows = checked_rows([bucket, *tensors], rules=FIRST_APART) if is_flat else None
     if rows is None:
         rows = _explain(bucket, tensors)
     _, *counts = numels(rows)
     if offsets is None:
         offsets = list(accumulate(counts, initial=0))[:-1]
-    check_offsets("a bucket", bucket.numel(), counts, offsets)
-    if not tensors:
+    offsets = check_offsets("a bucket", bucket.numel(), counts, offsets)
+    if not len(tensors):
         registry.check_name(backend)
         return
+    device = bucket.device
     args = PackArgs(
         bucket=bucket,
         tensors=tensors,

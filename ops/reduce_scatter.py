@@ -8,6 +8,7 @@ from torch import Tensor
 from pyzero.ops import registry
 from pyzero.ops.backend import ReduceScatterArgs, Scalar
 from pyzero.ops.checks import (
+    as_flag,
     as_scalar,
     check_device,
     check_disjoint,
@@ -46,27 +47,27 @@ def reduce_scatter_(
         BackendUnavailableError: The chosen backend cannot run here.
     """
     check_list("slices", slices)
-    device = shard.device
-    if not slices:
+    if not len(slices):
         raise ValueError("expected one slice per rank, got none; pass [bucket] on a single rank")
     tensors = [shard, *slices]
     rows = checked_rows(tensors, 1, FLAT | FIRST_APART | ONE_DTYPE)
     if rows is None:
-        rows = _explain(tensors, device)
+        rows = _explain(tensors)
+    device = shard.device
     check_grad_stats(found_inf, sumsq, device)
     args = ReduceScatterArgs(
         shard=shard,
         slices=slices,
         rows=rows,
         scale=as_scalar("scale", scale, device),
-        accumulate=accumulate,
+        accumulate=as_flag("accumulate", accumulate),
         found_inf=found_inf,
         sumsq=sumsq,
     )
     registry.pick("reduce_scatter_", backend, device).reduce_scatter_(args)
 
 
-def _explain(tensors: Sequence[Tensor], device: torch.device) -> bytes:
+def _explain(tensors: Sequence[Tensor]) -> bytes:
     shard, *slices = tensors
     check_dtype("shard", shard, (torch.float32,), "make the shard in fp32")
     check_flat("shard", shard)
@@ -75,6 +76,6 @@ def _explain(tensors: Sequence[Tensor], device: torch.device) -> bytes:
         label = f"slices[{index}]"
         check_dtype(label, piece, (slices[0].dtype,), "send every rank's slice in one dtype")
         check_flat(label, piece, numel=shard.numel())
-        check_device(label, piece, device)
+        check_device(label, piece, shard.device)
         check_disjoint([("shard", shard), (label, piece)])
     return rows_of(tensors)

@@ -61,6 +61,8 @@ def read_in_python(tensors: Sequence[Tensor], num_fp32: int, rules: int) -> byte
     """Return the same without a native module, attribute by attribute: some 400 ns per tensor."""
     if not tensors:
         return b""
+    if not all([isinstance(tensor, Tensor) for tensor in tensors]):
+        return None
     device = tensors[0].device
     codes = [_CODES.get(tensor.dtype, -1) for tensor in tensors]
     if -1 in codes or any(codes[:num_fp32]) or (rules & ONE_DTYPE and len(set(codes[1:])) > 1):
@@ -71,9 +73,7 @@ def read_in_python(tensors: Sequence[Tensor], num_fp32: int, rules: int) -> byte
     counts = [tensor.numel() for tensor in tensors]
     if rules & FLAT and (counts.count(counts[0]) < len(counts) or any([tensor.dim() != 1 for tensor in tensors])):
         return None
-    starts = [tensor.data_ptr() for tensor in tensors]
-    if 0 in starts:
-        _check_memory(tensors)
+    starts = [address_of(tensor) for tensor in tensors]
     if rules & ALIGNED and any([start % ALIGNMENT_BYTES for start in starts]):
         return None
     if rules & (APART | FIRST_APART) and not _are_apart(starts, counts, codes, rules):
@@ -81,13 +81,19 @@ def read_in_python(tensors: Sequence[Tensor], num_fp32: int, rules: int) -> byte
     return _packed(starts, counts, codes)
 
 
-def _check_memory(tensors: Sequence[Tensor]) -> None:
-    for tensor in tensors:
-        if tensor.numel() and not tensor.data_ptr():
-            raise ValueError(
-                f"expected tensors with values in memory, got {type(tensor).__name__} without, as a wrapper of "
-                f"another has none, and one whose storage was freed; pass the one in it, or compute it anew"
-            )
+def address_of(tensor: Tensor) -> int:
+    """Return its address. Raise ValueError if it has elements and no memory."""
+    try:
+        address = tensor.data_ptr()
+    except (RuntimeError, NotImplementedError):  # torch's, for a tensor of torch.func, or one that is traced
+        address = 0
+    if not address and tensor.numel():
+        raise ValueError(
+            f"expected tensors with values in memory, got {type(tensor).__name__} without, as a wrapper of another has "
+            f"none, one that torch.func or a tracer made, and one whose storage was freed; pass the one in it, or "
+            f"compute it anew"
+        )
+    return address
 
 
 def rows_of(tensors: Sequence[Tensor]) -> bytes:

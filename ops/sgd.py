@@ -6,7 +6,7 @@ from torch import Tensor
 
 from pyzero.ops import registry
 from pyzero.ops.backend import Scalar, SgdArgs, SgdHyper
-from pyzero.ops.checks import FLAG_DTYPES, as_scalar, check_one
+from pyzero.ops.checks import FLAG_DTYPES, as_flag, as_number, as_scalar, check_one
 from pyzero.ops.shard import LARGEST, as_list, as_lr, check_active, checked_step, read_shard, refuse_hyper
 
 _STATES = ("master", "momentum_buffer")
@@ -66,18 +66,18 @@ def sgd_(
             momentum without a buffer, or dampening without a step count.
         BackendUnavailableError: The chosen backend cannot run here.
     """
+    momentum, dampening = as_number("momentum", momentum), as_number("dampening", dampening)
+    weight_decay = as_number("weight_decay", weight_decay)
     is_dampened = momentum_buffer is not None and dampening != 0
     if momentum_buffer is None and momentum != 0:
         raise ValueError(f"expected momentum 0 without momentum_buffer, got {momentum}; pass torch.zeros_like(master)")
     if is_dampened and step is None:
         raise ValueError(f"expected step with dampening {dampening}, got none; pass the step count, from 1")
-    try:
-        fits = 0.0 <= momentum <= LARGEST and -LARGEST <= dampening <= LARGEST and 0.0 <= weight_decay <= LARGEST
-    except TypeError:
-        fits = False
-    if not fits:
+    if not (0.0 <= momentum <= LARGEST and -LARGEST <= dampening <= LARGEST and 0.0 <= weight_decay <= LARGEST):
         numbers = {"momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
         refuse_hyper({}, numbers, signed=("dampening",))
+    flags = as_flag("nesterov", nesterov), as_flag("maximize", maximize)
+    hyper = SgdHyper(momentum, dampening, weight_decay, *flags)
     outs = as_list(param_out)
     states = (master,) if momentum_buffer is None else (master, momentum_buffer)
     shard = (*states, *outs)
@@ -95,7 +95,7 @@ def sgd_(
         grads=grads,
         offsets=offsets,
         rows=rows,
-        hyper=SgdHyper(momentum, dampening, weight_decay, nesterov, maximize),
+        hyper=hyper,
         lr=as_lr(lr, device),
         step=step if is_dampened else None,
         grad_scale=as_scalar("grad_scale", grad_scale, device),

@@ -1,8 +1,8 @@
 """The checks of adam_, lion_ and sgd_ for a flat shard: its tensors, its gradients, its segments."""
 
 from collections.abc import Sequence
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from pyzero.ops.checks import (
     check_dtype,
     check_flat,
     check_gradients,
+    check_list,
     check_offsets,
     is_vector,
 )
@@ -25,9 +26,7 @@ from pyzero.ops.rows import (
     FLAT,
     FLOAT_DTYPES,
     checked_rows,
-    dtypes,
     native_shard_rows,
-    numels,
     rows_of,
 )
 
@@ -43,14 +42,12 @@ def as_lr(lr: Scalar, device: torch.device) -> Scalar:
     return lr
 
 
-def refuse_hyper(decays: dict[str, Any], others: dict[str, Any], signed: Sequence[str] = ()) -> None:
-    """Raise for the update's number that is not a number, or out of range: decays in [0, 1), others from 0, in fp32.
+def refuse_hyper(decays: dict[str, float], others: dict[str, float], signed: Sequence[str] = ()) -> None:
+    """Raise for the update's number that is out of range: decays in [0, 1), others from 0, in fp32.
 
     signed: The names of others that may be below 0.
     """
     for name, value in {**decays, **others}.items():
-        if isinstance(value, str) or not hasattr(value, "__float__"):
-            raise TypeError(f"expected {name} as a number, got {value!r}; pass one")
         if name in decays and not 0.0 <= value < 1.0:
             raise ValueError(f"expected 0 <= {name} < 1, got {value}; correct it")
         if not (-LARGEST if name in signed else 0.0) <= value <= LARGEST:
@@ -64,6 +61,7 @@ def as_list(param_out: Tensor | Sequence[Tensor] | None) -> Sequence[Tensor]:
         return ()
     if isinstance(param_out, Tensor):
         return (param_out,)
+    check_list("param_out", param_out, "a tensor or a list of tensors")
     if len(param_out) > MAX_PARAM_OUTS:
         raise ValueError(
             f"expected up to {MAX_PARAM_OUTS} tensors as param_out, got {len(param_out)}; copy to the others"
@@ -124,6 +122,7 @@ def _read_list(
     offsets: Sequence[int] | None,
     backend: str,
 ) -> tuple[Sequence[int], bytes]:
+    check_list("grad", grads, "a tensor or a list of tensors")
     if offsets is None:
         raise ValueError(
             "expected grad_offsets with a list of gradients, got none; pass the element at which each begins"
@@ -132,18 +131,19 @@ def _read_list(
     found = native_shard_rows(shard, num_states, grads, offsets)
     if found is not None:
         return offsets, found
+    names = _names(states, shard)
     if checked_rows(shard, num_states, FLAT | APART | ALIGNED) is None:
-        _explain(_names(states, shard), shard, num_states, True, backend)
+        _explain(names, shard, num_states, True, backend)
     rows = checked_rows((*shard, *grads), num_states, APART)
     if rows is None:
-        rows = _explain_grads(_names(states, shard), shard, grads)
-    kinds = set(dtypes(rows)[len(shard) :])
+        rows = _explain_grads(names, shard, grads)
+    kinds = {grad.dtype for grad in grads}
     if len(kinds) > 1:
         raise TypeError(f"expected gradients of one dtype, got {sorted(map(str, kinds))}; convert them, or pack_ them")
-    check_offsets("a shard", shard[0].numel(), numels(rows)[len(shard) :], offsets)
+    offsets = check_offsets("a shard", shard[0].numel(), [grad.numel() for grad in grads], offsets)
     if any([offset % SEGMENT_GRANULE for offset in offsets]):
         raise ValueError(
-            f"expected grad_offsets that are multiples of {SEGMENT_GRANULE}, got {list(offsets)[:10]}; lay the shard "
+            f"expected grad_offsets that are multiples of {SEGMENT_GRANULE}, got {offsets[:10]}; lay the shard "
             f"out so, or pack_ the gradients"
         )
     return offsets, rows
@@ -151,10 +151,11 @@ def _read_list(
 
 def _explain_grads(names: Sequence[str], shard: Sequence[Tensor], grads: Sequence[Tensor]) -> bytes:
     """Raise for what is wrong with the gradients. They may share memory with each other."""
-    check_gradients("grad", grads, shard[0].device)
+    is_oracle = shard[0].dtype is torch.float64
+    check_gradients("grad", grads, shard[0].device, (*FLOAT_DTYPES, torch.float64) if is_oracle else FLOAT_DTYPES)
     for index, grad in enumerate(grads):
         check_disjoint([*zip(names, shard, strict=False), (f"grad[{index}]", grad)])
-    return rows_of((*shard, *grads))
+    return b"" if is_oracle else rows_of((*shard, *grads))
 
 
 def check_active(active: Tensor | None, segment_ids: Tensor | None, device: torch.device) -> None:
@@ -164,6 +165,7 @@ def check_active(active: Tensor | None, segment_ids: Tensor | None, device: torc
     if segment_ids is None:
         raise ValueError("expected segment_ids with active, got none; pass both or neither")
     _check_per_segment("active", active, device)
+    _check_ids(segment_ids, active.numel())
 
 
 def checked_step(step: Scalar, segment_ids: Tensor | None, active: Tensor | None, device: torch.device) -> Scalar:
@@ -172,7 +174,9 @@ def checked_step(step: Scalar, segment_ids: Tensor | None, active: Tensor | None
         step = as_scalar("step", step, device)
     elif isinstance(step, Tensor):
         _check_per_segment("step", step, device)
-        if active is not None and active.numel() != step.numel():
+        if active is None:
+            _check_ids(segment_ids, step.numel())
+        elif active.numel() != step.numel():
             check_flat("active", active, numel=step.numel())
     else:
         raise TypeError("expected step as a (num_segments,) fp32 tensor with segment_ids, got a number; pass a tensor")
@@ -203,9 +207,26 @@ def _check_segment_ids(segment_ids: Tensor, master: Tensor) -> None:
     )
 
 
+def _check_ids(segment_ids: Tensor, num_segments: int) -> None:
+    """Raise if an id has no segment. Those on a GPU are not read, because the host would wait for it."""
+    if not segment_ids.numel():
+        return
+    if not num_segments:
+        raise ValueError("expected a step count or a flag of each segment, got none; pass one for each")
+    if segment_ids.device.type != "cpu":
+        return
+    ids = segment_ids.numpy()
+    if ids.view(np.uint32).max() >= num_segments:  # a negative one is large
+        wrong = ids.min() if ids.min() < 0 else ids.max()
+        raise ValueError(
+            f"expected segment_ids from 0 to {num_segments - 1}, for {num_segments} segments, got {wrong}; correct "
+            f"them, or pass a longer step and active"
+        )
+
+
 def _explain(names: Sequence[str], tensors: Sequence[Tensor], num_states: int, is_aligned: bool, backend: str) -> bytes:
     master = tensors[0]
-    oracle = backend == "reference" and master.dtype == torch.float64
+    oracle = backend == "reference" and isinstance(master, Tensor) and master.dtype == torch.float64
     state_dtypes = (torch.float64,) if oracle else (torch.float32,)
     value_dtypes = (*FLOAT_DTYPES, torch.float64) if oracle else FLOAT_DTYPES
     named = list(zip(names, tensors, strict=False))

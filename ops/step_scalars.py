@@ -5,7 +5,18 @@ from torch import Tensor
 
 from pyzero.ops import registry
 from pyzero.ops.backend import Scalar, StepScalarsArgs
-from pyzero.ops.checks import FLAG_DTYPES, as_scalar, check_device, check_dtype, check_flat, is_vector
+from pyzero.ops.checks import (
+    FLAG_DTYPES,
+    as_number,
+    as_scalar,
+    check_device,
+    check_disjoint,
+    check_dtype,
+    check_flat,
+    check_tensor,
+    is_vector,
+)
+from pyzero.ops.rows import APART, address_of, checked_rows
 
 STATS_COLUMNS = 3  # overflow flag, sum of squares, code of the first bad parameter
 NUM_SCALARS = 4
@@ -39,26 +50,30 @@ def step_scalars_(
         backend: "auto", "cuda", "cpu", "triton" or "reference".
 
     Raises:
-        TypeError: A tensor has another dtype than above.
-        ValueError: Shapes or devices do not fit, or max_norm is below 0 or NaN.
+        TypeError: A tensor has another dtype than above, or max_norm is not a number.
+        ValueError: Shapes or devices do not fit, tensors overlap, or max_norm is below 0 or NaN.
         BackendUnavailableError: The chosen backend cannot run here.
     """
-    device = stats.device
     check_dtype("stats", stats, (torch.float64,), "make it with dtype=torch.float64")
     if stats.dim() != 2 or stats.shape[1] != STATS_COLUMNS or not stats.shape[0] or not stats.is_contiguous():
         raise ValueError(
             f"expected contiguous stats of shape (n, {STATS_COLUMNS}), got shape {tuple(stats.shape)} with strides "
             f"{stats.stride()}; stack one row per rank"
         )
-    max_norm = None if max_norm is None else float(max_norm)
+    device = stats.device
+    address_of(stats)
+    max_norm = None if max_norm is None else as_number("max_norm", max_norm, "a number or None")
     if max_norm is not None and not max_norm >= 0:
         raise ValueError(f"expected max_norm from 0, got {max_norm}; pass None not to clip")
+    check_tensor("steps", steps)
     num_params = steps.numel()
     for name, tensor, numel in (("out", out, NUM_SCALARS), ("steps", steps, num_params), ("used", used, num_params)):
         if not is_vector(tensor, torch.float32, numel, device):
             check_dtype(name, tensor, FLAG_DTYPES, "make it with dtype=torch.float32")
             check_flat(name, tensor, numel=numel)
             check_device(name, tensor, device)
+    if checked_rows((out, steps, used), rules=APART) is None:
+        check_disjoint((("out", out), ("steps", steps), ("used", used)))
     args = StepScalarsArgs(
         out=out,
         stats=stats,

@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from pyzero.ops import registry
 from pyzero.ops.backend import Scalar, UnscaleArgs
-from pyzero.ops.checks import as_scalar, check_disjoint, check_grad_stats, check_gradients, check_list
+from pyzero.ops.checks import as_scalar, check_disjoint, check_grad_stats, check_gradients, check_list, check_tensor
 from pyzero.ops.rows import APART, checked_rows, rows_of
 
 
@@ -38,14 +37,14 @@ def unscale_(
         BackendUnavailableError: The chosen backend cannot run here.
     """
     check_list("tensors", tensors)
-    if not tensors:
+    if not len(tensors):
         registry.check_name(backend)
         return
-    device = tensors[0].device
     reads_only = not isinstance(inv_scale, Tensor) and inv_scale == 1.0
     rows = checked_rows(tensors, rules=0 if reads_only else APART)
     if rows is None:
-        rows = _explain(tensors, device, reads_only)
+        rows = _explain(tensors, reads_only)
+    device = tensors[0].device
     check_grad_stats(found_inf, sumsq, device)
     args = UnscaleArgs(
         tensors=tensors,
@@ -57,8 +56,9 @@ def unscale_(
     registry.pick("unscale_", backend, device).unscale_(args)
 
 
-def _explain(tensors: Sequence[Tensor], device: torch.device, reads_only: bool) -> bytes:
-    check_gradients("tensors", tensors, device)
+def _explain(tensors: Sequence[Tensor], reads_only: bool) -> bytes:
+    check_tensor("tensors[0]", tensors[0])
+    check_gradients("tensors", tensors, tensors[0].device)
     if not reads_only:
         check_disjoint((f"tensors[{index}]", tensor) for index, tensor in enumerate(tensors))
     return rows_of(tensors)

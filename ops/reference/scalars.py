@@ -23,6 +23,6 @@ def add_grad_stats(values: Sequence[Tensor], found_inf: Tensor | None, sumsq: Te
     """Set the flag and add the squares of the values as they were stored."""
     for value in values:
         if found_inf is not None:
-            found_inf.logical_or_(~torch.isfinite(value).all())
+            found_inf.masked_fill_(~torch.isfinite(value).all(), 1.0)  # else as it was: a 2 stays 2
         if sumsq is not None:
             sumsq.add_(value.double().square().sum().to(sumsq.dtype))

@@ -1,6 +1,7 @@
 """The scalars of a step in separate torch operations, each rounded once, in the order that every backend keeps."""
 
 import torch
+from torch import Tensor
 
 from pyzero.ops.backend import StepScalarsArgs
 from pyzero.ops.reference.scalars import round_to, scalar
@@ -15,7 +16,8 @@ def step_scalars_(args: StepScalarsArgs) -> None:
     sumsq = sums[0]
     for each in sums[1:]:
         sumsq = sumsq + each
-    norm = (sumsq.sqrt() * unscale).to(torch.float32) * torch.as_tensor(factor).abs()
+    magnitude = factor.abs() if isinstance(factor, Tensor) else abs(factor)
+    norm = (sumsq.sqrt() * unscale).to(torch.float32) * magnitude
     clip = torch.ones_like(norm)
     if args.max_norm is not None:
         clip = ((norm + 1e-6).reciprocal() * round_to(args.max_norm, torch.float32)).clamp(max=1.0)

@@ -110,8 +110,9 @@ def cached(content: Hashable, build: Callable[[Upload], T], device: torch.device
     if on_gpu and torch.cuda.is_current_stream_capturing():
         _captured.append(found)  # and not in the cache: it is empty until its own graph replays
         return found.value
+    # Other threads may do the same in between: move_to_end() would fail for a key that one of them has dropped.
+    _cache.pop(key, None)
     _cache[key] = found
-    _cache.move_to_end(key)
     if len(_cache) > _CAPACITY:
         _cache.popitem(last=False)
     return found.value

@@ -150,3 +150,18 @@ def test_against_fp64(target: Target, kind: Kind) -> None:
     with target.ready():
         got = by_us(target, *kind, STEPS, torch.float32)
     assert_close(got, by_torch(*kind, STEPS, torch.float64), STEPS, kind, torch.float32, 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_fp64_takes_a_list_of_gradients(dtype: torch.dtype) -> None:
+    """The same as one gradient of zeros between them, where the moments are 0."""
+    grads = [torch.randn(6).to(dtype), torch.randn(2, 3).to(dtype)]
+    flat = torch.zeros(70, dtype=dtype)
+    flat[:6], flat[64:] = grads[0], grads[1].ravel()
+    results = []
+    for given in ({"grad": flat}, {"grad": grads, "grad_offsets": [0, 64]}):
+        state = [torch.zeros(70, dtype=torch.float64) for _ in range(3)]
+        ops.adam_(*state, **given, lr=LR, weight_decay=0.0, step=1, **HYPER, backend="reference")  # type: ignore[arg-type]
+        results.append(state)
+    for left, right in zip(*results, strict=True):
+        assert torch.equal(left, right) and left.count_nonzero() == 12

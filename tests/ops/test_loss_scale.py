@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import random
+from fractions import Fraction
 
 import pytest
 import torch
@@ -96,6 +97,14 @@ def test_limits(target: Target) -> None:
     with target.ready():
         assert scales(target, (1, 1, 1, 1), 16.0, min_scale=3.0) == [8.0, 4.0, 3.0, 3.0]
         assert scales(target, (0, 0, 0, 0), 16.0, max_scale=100.0, growth_interval=1) == [32.0, 64.0, 100.0, 100.0]
+
+
+@pytest.mark.parametrize("target", params(ALL))
+def test_numbers_that_fp32_does_not_hold(target: Target) -> None:
+    with target.ready():
+        assert scales(target, (0, 0), 16.0, max_scale=1e300, growth_interval=1) == [32.0, 64.0]
+        assert scales(target, (0, 1), 16.0, growth_interval=10**30) == [16.0, 8.0]
+        assert scales(target, (0, 0), 16.0, growth_factor=Fraction(3, 2), growth_interval=1) == [24.0, 36.0]
 
 
 @pytest.mark.parametrize("target", params(ALL))

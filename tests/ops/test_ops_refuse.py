@@ -2,11 +2,15 @@
 
 import math
 from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from backends import read_rows_by
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pyzero import ops
 
@@ -28,6 +32,40 @@ LR = {
     "decay-nan": ({"weight_decay": math.nan}, ValueError, "expected weight_decay >= 0, and finite in fp32, got nan"),
     "decay-text": ({"weight_decay": "0.1"}, TypeError, "expected weight_decay as a number, got '0.1'; pass one"),
     "scale-text": ({"grad_scale": "1"}, TypeError, "expected grad_scale as a number or a tensor of one element, got"),
+    "lr-array": ({"lr": np.ones(2)}, TypeError, r"lr as a number or a tensor of one element, got array\(.*; pass one"),
+    "lr-huge": ({"lr": 10**400}, ValueError, "expected lr as a finite number in fp32, got inf; correct it"),
+    "decay-huge": ({"weight_decay": 10**400}, ValueError, "expected weight_decay >= 0, and finite in fp32, got inf"),
+    "maximize-text": ({"maximize": "no"}, TypeError, "expected maximize as True or False, got 'no'; pass one"),
+}
+GRADS = {
+    "master-none": ({"master": None}, TypeError, "expected master as a tensor, got None; pass a torch.Tensor"),
+    "master-numpy": ({"master": np.ones(70)}, TypeError, "expected master as a tensor, got a ndarray; pass"),
+    "grad-none": ({"grad": None}, TypeError, "expected grad as a tensor or a list of tensors, got None; pass a list"),
+    "grad-numpy": ({"grad": np.ones(70)}, TypeError, "grad as a tensor or a list of tensors, got a ndarray; pass"),
+    "grad-iterator": (
+        {"grad": iter([ones(6)]), "grad_offsets": [0]},
+        TypeError,
+        "expected grad as a tensor or a list of tensors, got a list_iterator; pass a list",
+    ),
+    "list-none": ({"grad": [None], "grad_offsets": [0]}, TypeError, r"expected grad\[0\] as a tensor, got None; pass"),
+    "offsets-text": ({"grad": [ones(6)], "grad_offsets": ["0"]}, TypeError, "expected offsets as a list of whole num"),
+    "offsets-float": ({"grad": [ones(6)], "grad_offsets": [0.0]}, TypeError, "as a list of whole numbers, got .0.0.;"),
+    "offsets-number": ({"grad": [ones(6)], "grad_offsets": 0}, TypeError, "as a list of whole numbers, got 0; conv"),
+    "outs-none": ({"param_out": [None]}, TypeError, "expected param_out as a tensor, got None; pass"),
+    "outs-numpy": ({"param_out": np.ones(70)}, TypeError, "param_out as a tensor or a list of tensors, got a ndarray"),
+    "flag-number": ({"found_inf": 0.0}, TypeError, "expected found_inf as a tensor, got a float; pass"),
+    "segments-list": ({"segment_ids": [0, 0]}, TypeError, "expected segment_ids as a tensor, got a list; pass"),
+}
+
+
+def segments(*ids: int) -> dict[str, object]:
+    """Arguments for two segments."""
+    return {"segment_ids": torch.tensor(ids, dtype=torch.int32), "active": ones(2), "step": ones(2)}
+
+
+IDS = {
+    "segments-beyond": (segments(0, 2), ValueError, "segment_ids from 0 to 1, for 2 segments, got 2; correct them"),
+    "segments-negative": (segments(-1, 1), ValueError, "segment_ids from 0 to 1, for 2 segments, got -1; correct them"),
 }
 BETAS = {
     "beta1-1": ({"beta1": 1.0}, ValueError, "expected 0 <= beta1 < 1, got 1.0; correct it"),
@@ -48,6 +86,20 @@ OUTS = {
 ADAM = {
     **LR,
     **BETAS,
+    **GRADS,
+    **IDS,
+    "segments-beyond-step": (
+        {"segment_ids": torch.tensor([0, 7], dtype=torch.int32), "step": ones(2)},
+        ValueError,
+        "segment_ids from 0 to 1, for 2 segments, got 7; correct them",
+    ),
+    "segments-none": (
+        {"segment_ids": torch.zeros(2).int(), "step": ones(0)},
+        ValueError,
+        "expected a step count or a flag of each segment, got none; pass one",
+    ),
+    "step-huge": ({"step": 10**400}, ValueError, r"expected step to count from 1, got inf; pass fewer than 2\*\*31"),
+    "decoupled-text": ({"decoupled_weight_decay": "x"}, TypeError, "decoupled_weight_decay as True or False, got 'x'"),
     "eps": ({"eps": -1e-8}, ValueError, "expected eps >= 0, and finite in fp32, got -1e-08; correct it"),
     "step-nan": ({"step": math.nan}, ValueError, "expected step to count from 1, got nan; add 1"),
     "step-inf": ({"step": math.inf}, ValueError, r"expected step to count from 1, got inf; pass fewer than 2\*\*31"),
@@ -141,6 +193,8 @@ ADAM = {
 LION = {
     **LR,
     **BETAS,
+    **GRADS,
+    **{case: ({k: v for k, v in change.items() if k != "step"}, *rest) for case, (change, *rest) in IDS.items()},
     "master-bf16": ({"master": ones(70).bfloat16()}, TypeError, "expected master in float32, got bfloat16; pass"),
     "moment-fp64": ({"exp_avg": ones(70).double()}, TypeError, "expected exp_avg in float32, got float64; pass"),
     "grad-int": ({"grad": ones(70).int()}, TypeError, "expected grad in float32 or bfloat16 or float16, got int32"),
@@ -166,6 +220,9 @@ LION = {
 }
 SGD = {
     **LR,
+    **GRADS,
+    **IDS,
+    "nesterov-text": ({"nesterov": "x"}, TypeError, "expected nesterov as True or False, got 'x'; pass one"),
     "momentum": ({"momentum": -0.1}, ValueError, "expected momentum >= 0, and finite in fp32, got -0.1; correct it"),
     "dampening": (
         {"dampening": math.inf, "step": 1},
@@ -222,6 +279,18 @@ SGD = {
     ),
 }
 UNSCALE = {
+    "none": ({"tensors": None}, TypeError, "expected tensors as a list of tensors, got None; pass a list"),
+    "iterator": ({"tensors": iter([ones(3)])}, TypeError, "as a list of tensors, got a list_iterator; pass a list"),
+    "dict": ({"tensors": {"a": ones(3)}}, TypeError, "as a list of tensors, got a dict; pass a list"),
+    "first-none": ({"tensors": [None]}, TypeError, r"expected tensors\[0\] as a tensor, got None; pass"),
+    "later-none": ({"tensors": [ones(3), None]}, TypeError, r"expected tensors\[1\] as a tensor, got None; pass"),
+    "numpy": ({"tensors": [np.ones(3)]}, TypeError, r"expected tensors\[0\] as a tensor, got a ndarray; pass"),
+    "flag-number": ({"found_inf": False}, TypeError, "expected found_inf as a tensor, got a bool; pass"),
+    "flag-is-sumsq": (
+        {"found_inf": _SHARED[:1], "sumsq": _SHARED[:1]},
+        ValueError,
+        "expected found_inf and sumsq not to overlap",
+    ),
     "one-tensor": (
         {"tensors": ones(7, 10)},
         TypeError,
@@ -253,6 +322,12 @@ UNSCALE = {
     "scale-device": ({"inv_scale": ones(1, device="meta")}, ValueError, "expected inv_scale on cpu, got meta; move"),
 }
 PACK = {
+    "bucket-none": ({"bucket": None}, TypeError, "expected bucket as a tensor, got None; pass"),
+    "none": ({"tensors": [None]}, TypeError, r"expected tensors\[0\] as a tensor, got None; pass"),
+    "iterator": ({"tensors": iter([ones(3)])}, TypeError, "as a list of tensors, got a list_iterator; pass a list"),
+    "offsets-float": ({"offsets": [0.0]}, TypeError, r"expected offsets as a list of whole numbers, got \[0.0\]; conv"),
+    "offsets-text": ({"offsets": ["0"]}, TypeError, r"expected offsets as a list of whole numbers, got \['0'\]; conv"),
+    "offsets-huge": ({"offsets": [2**63]}, ValueError, "bucket of at least 9223372036854775811 elements, got 70"),
     "one-tensor": ({"tensors": ones(7)}, TypeError, "expected tensors as a list of tensors, got a tensor of shape"),
     "nothing-by-nobody": (
         {"tensors": [], "backend": "cpuu"},
@@ -282,6 +357,9 @@ PACK = {
     "scale-device": ({"scale": ones(1, device="meta")}, ValueError, "expected scale on cpu, got meta; move"),
 }
 REDUCE_SCATTER = {
+    "shard-none": ({"shard": None}, TypeError, "expected shard as a tensor, got None; pass"),
+    "none": ({"slices": [ones(70), None]}, TypeError, r"expected slices\[1\] as a tensor, got None; pass"),
+    "accumulate-text": ({"accumulate": "no"}, TypeError, "expected accumulate as True or False, got 'no'; pass one"),
     "one-tensor": ({"slices": ones(2, 70)}, TypeError, "expected slices as a list of tensors, got a tensor of shape"),
     "no-slices": ({"slices": []}, ValueError, r"expected one slice per rank, got none; pass \[bucket\]"),
     "shard-dtype": (
@@ -303,6 +381,10 @@ REDUCE_SCATTER = {
     "scale-shape": ({"scale": ones(2)}, ValueError, r"expected scale as a number.*got shape \(2,\); pass one"),
 }
 LOSS_SCALE = {
+    "state-none": ({"state": None}, TypeError, "expected state as a tensor, got None; pass"),
+    "flag-none": ({"found_inf": None}, TypeError, "expected found_inf as a tensor, got None; pass"),
+    "list": ({"growth_factor": [2.0]}, TypeError, r"expected growth_factor as a number, got \[2.0\]; pass one"),
+    "interval-huge": ({"growth_interval": 10**400}, ValueError, "growth_interval as a whole number, got LossScalePol"),
     "backoff": (
         {"backoff_factor": -1.0},
         ValueError,
@@ -327,6 +409,11 @@ LOSS_SCALE = {
 }
 
 STEP_SCALARS = {
+    "stats-none": ({"stats": None}, TypeError, "expected stats as a tensor, got None; pass"),
+    "steps-none": ({"steps": None}, TypeError, "expected steps as a tensor, got None; pass"),
+    "used-is-steps": ({"used": _SHARED[:5], "steps": _SHARED[:5]}, ValueError, "steps and used not to overlap"),
+    "out-in-steps": ({"out": _SHARED[1:5], "steps": _SHARED[:5]}, ValueError, "steps and out not to overlap"),
+    "max-norm-text": ({"max_norm": "1"}, TypeError, "expected max_norm as a number or None, got '1'; pass one"),
     "stats-dtype": ({"stats": ones(2, 3)}, TypeError, "expected stats in float64, got float32; make it with dtype="),
     "stats-shape": (
         {"stats": ones(2, 2).double()},
@@ -443,3 +530,105 @@ def test_parameters_are_written_as_tensors_are(op: str, backend: str) -> None:
     call(**arguments, backend=backend)
     for left, right in zip(_tensors(arguments), _tensors(wanted), strict=True):
         assert torch.equal(left, right) and left.grad_fn is None
+
+
+# Tensors that an op reads or writes by their addresses alone.
+ASIDE = {
+    "adam_": ("found_inf", "lr", "step", "grad_scale"),
+    "lion_": ("found_inf", "lr", "grad_scale"),
+    "sgd_": ("found_inf", "lr", "grad_scale"),
+    "unscale_": ("found_inf", "sumsq", "inv_scale"),
+    "pack_": ("scale",),
+    "reduce_scatter_": ("found_inf", "sumsq", "scale"),
+    "loss_scale_update_": ("state", "found_inf"),
+    "step_scalars_": ("out", "stats", "steps", "used", "unscale", "factor"),
+}
+
+
+def _freed(tensor: Tensor) -> Tensor:
+    tensor = tensor.clone()
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference", "triton"])
+@pytest.mark.parametrize("make", [_freed, lambda tensor: FakeTensorMode().from_tensor(tensor)], ids=["freed", "fake"])
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op, names in ASIDE.items() for name in names])
+def test_refuses_what_has_no_memory(op: str, name: str, make: Callable[[Tensor], Tensor], backend: str) -> None:
+    """Its address is 0: the end of the process, a flag that is not read, or a factor of 0."""
+    call, good, _ = OPS[op]
+    arguments = good()
+    given = arguments.get(name)
+    one = torch.ones(()) if name in ("lr", "step", "grad_scale", "inv_scale", "scale", "unscale", "factor") else ones(1)
+    before = [tensor.clone() for tensor in _tensors(arguments)]
+    without = make(given if isinstance(given, Tensor) else one)
+    with pytest.raises(ValueError, match="expected tensors with values in memory, got .* without"):
+        call(**arguments | {name: without}, backend=backend)
+    for after, was in zip(_tensors(arguments), before, strict=True):
+        assert torch.equal(after, was), "written before it was refused"
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference", "triton"])
+def test_refuses_tensors_of_torch_func(backend: str) -> None:
+    def halve(row: Tensor) -> Tensor:
+        ops.unscale_([row], 0.5, found_inf=None, backend=backend)
+        return row
+
+    values = ones(3, 4)
+    with pytest.raises(ValueError, match="one that torch.func or a tracer made"):
+        torch.func.vmap(halve)(values)
+    assert (values == 1).all()
+
+
+NUMBERS = {
+    "fp32": np.float32,
+    "fp16": np.float16,
+    "array": np.array,
+    "tensor": torch.tensor,
+    "decimal": lambda number: Decimal(str(number)),
+    "fraction": Fraction,
+}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference", "triton"])
+@pytest.mark.parametrize("kind", NUMBERS)
+@pytest.mark.parametrize("op", ["adam_", "lion_", "sgd_"])
+def test_numbers_of_other_libraries_are_numbers(op: str, kind: str, backend: str) -> None:
+    """They are neither computed with in their own precision, nor changed: an array of one number is."""
+    call, good, _ = OPS[op]
+    made = {
+        name: NUMBERS[kind](good()[name]) for name in ("beta1", "beta2", "weight_decay", "momentum") if name in good()
+    }
+    got, wanted = good() | made, good() | {name: float(number) for name, number in made.items()}
+    for step in (3, torch.tensor(3.0)) if op == "adam_" else (None,):
+        call(**got | ({} if step is None else {"step": step}), backend=backend)
+        call(**wanted | ({} if step is None else {"step": step}), backend="cpu")
+    for left, right in zip(_tensors(got), _tensors(wanted), strict=False):
+        assert torch.equal(left, right)
+    for name, number in made.items():
+        assert float(number) == wanted[name]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference", "triton"])
+@pytest.mark.parametrize("make", [list, tuple, np.array, torch.tensor], ids=["list", "tuple", "array", "tensor"])
+def test_offsets_may_be_any_sequence_of_whole_numbers(make: Callable[[list[int]], object], backend: str) -> None:
+    bucket, master = torch.zeros(70), torch.zeros(70)
+    ops.pack_(bucket, [ones(2), ones(3)], offsets=make([1, 64]), backend=backend)  # type: ignore[arg-type]
+    assert bucket.nonzero().ravel().tolist() == [1, 2, 64, 65, 66]
+    ops.sgd_(master, None, [ones(2), ones(3)], lr=1.0, grad_offsets=make([0, 64]), backend=backend)  # type: ignore[arg-type]
+    assert master.nonzero().ravel().tolist() == [0, 1, 64, 65, 66]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((math.nan, 1, "cpu"), "expected init_scale > 0, and finite in fp32, got nan"),
+        ((1e39, 1, "cpu"), "expected init_scale > 0, and finite in fp32, got 1e[+]39"),
+        ((2.0, 0, "cpu"), "expected hysteresis >= 1, got hysteresis 0"),
+        ((2.0, 1.5, "cpu"), "expected hysteresis as a whole number, got hysteresis 1.5"),
+        ((2.0, 1, "cpu", -1), "expected growth_delay >= 0, got hysteresis 1 and growth_delay -1"),
+    ],
+)
+def test_refuses_the_state_of_no_loss_scale(given: tuple[float, int, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ops.loss_scale_state(*given)

@@ -81,3 +81,19 @@ def test_clips_as_torch(target: Target, sumsq: float) -> None:
             out, _ = run(target, [(0.0, sumsq)], 1, max_norm=max_norm)
             wanted = torch.clamp(max_norm / (out[1] + 1e-6), max=1.0)
             assert_same(out[2], wanted, f"a norm of {out[1]} clipped to {max_norm}")
+
+
+@pytest.mark.parametrize("target", params(ALL))
+def test_the_default_dtype_and_device_do_not_matter(target: Target) -> None:
+    rows, options = [(0.0, 2.0), (0.0, 5.0)], {"max_norm": 0.3, "unscale": 0.7, "factor": -0.1}
+    with target.ready():
+        wanted, _ = run(target, rows, 5, **options)
+        out, steps, used = (torch.zeros(n, device=target.device) for n in (4, 5, 5))
+        stats = torch.tensor([(*row, 0.0) for row in rows], dtype=torch.float64, device=target.device)
+        torch.set_default_dtype(torch.float64)
+        try:
+            with torch.device("meta"):
+                ops.step_scalars_(out, stats, steps=steps, used=used, **options, backend=target.backend)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert_same(out.cpu(), wanted, "with another default")

@@ -55,6 +55,24 @@ def test_same_list_same_table() -> None:
     assert first.tolist() == [16, 32]
 
 
+@pytest.mark.parametrize("when", range(1, 8))
+def test_another_thread_may_drop_a_table_at_any_point(when: int) -> None:
+    """Here the key itself does so, at each place where the cache looks it up."""
+
+    class Meddler:
+        lookups = 0
+
+        def __hash__(self) -> int:
+            self.lookups += 1
+            if self.lookups == when:
+                address_table._cache.clear()
+            return 1
+
+    key = Meddler()
+    for _ in range(2):
+        assert address_table.cached(key, lambda upload: "table", CPU) == "table"
+
+
 def test_cache_is_bounded_and_drops_the_oldest() -> None:
     first = address_table.pointer_table((0,), CPU)
     for address in range(1, address_table._CAPACITY):

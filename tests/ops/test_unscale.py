@@ -56,6 +56,13 @@ def test_bits(target: Target, scale: float, on_device: bool) -> None:
         check(mixed(MIXED), scale, target, on_device=on_device)
 
 
+@pytest.mark.parametrize("target", params(FUSED))
+def test_a_number_has_no_negative_zero(target: Target) -> None:
+    """Triton's interpreter knows none."""
+    with target.ready():
+        check(mixed(MIXED), -0.0, target)
+
+
 @pytest.mark.parametrize(("target", "numel"), params_by_size(ALL, SIZES))
 def test_sizes(target: Target, numel: int) -> None:
     with target.ready():
@@ -153,6 +160,16 @@ def test_found_inf_is_set_by_overflow_of_the_product_and_never_cleared(target: T
             assert run(values, 0.5, target)[1].item() == 0.0
             assert run(values, 2.0, target)[1].item() == 1.0
             assert run([tame(9, dtype, 0)], 0.5, target, flag=1.0)[1].item() == 1.0
+
+
+@pytest.mark.parametrize("target", params(ALL))
+def test_finite_values_leave_the_flag_as_it_is(target: Target) -> None:
+    """As after a sum over ranks: only 0 and not 0 count, and nothing writes to it."""
+    with target.ready():
+        for flag in (2.0, -0.0, math.inf, math.nan):
+            for bad, wanted in ((1.0, flag), (math.nan, 1.0)):
+                _, got, _ = run([torch.tensor([1.0, bad])], 0.5, target, flag=flag)
+                assert_same(got, torch.tensor([wanted]), f"a flag of {flag}, with {bad}")
 
 
 @pytest.mark.parametrize("target", params(ALL))
