@@ -32,6 +32,8 @@ from pyzero.streams import on_device
 
 log = logging.getLogger("pyzero")
 
+SAVE_OR_LOAD = "a save or load (every rank must call it)"  # in the errors of ranks of which some alone call one
+
 _T = TypeVar("_T")
 
 
@@ -59,6 +61,7 @@ class StateDicts(FullAccess, Status):
             self._group.check_unbroken(what)
             # Ranks agree over the optimizer's own group, which no other optimizer may get before they are done.
             with on_device(self._device), self._group.lockstep(what=what, but=ValueError):
+                self._group.any_rank(False, f"the start of {SAVE_OR_LOAD}")  # in this group the other ranks see it
                 self._group_of_all = self._topology.make_group_of_all()
         return self._group_of_all
 

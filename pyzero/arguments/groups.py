@@ -27,6 +27,8 @@ OTHER_NAMES = {
     "beta_1": "betas",
     "beta_2": "betas",
 }
+# How scripts and libraries call max_grad_norm, where no part of the name says so to difflib.
+_CLIPPING_NAMES = ("clip", "clip_grad", "clip_grad_norm", "grad_clip", "gradient_clip_val", "gradient_clipping")
 
 
 def refuse_unsupported(options: dict[str, Any]) -> None:
@@ -40,7 +42,8 @@ def refuse_unknown(unknown: Iterable[str], optimizer: type) -> None:
     """Raise TypeError if there is an argument that the optimizer does not have. The error suggests one that it has."""
     for name in unknown:
         known = _arguments_of(optimizer)
-        close = [OTHER_NAMES[name]] if OTHER_NAMES.get(name) in known else None
+        other = "max_grad_norm" if name in _CLIPPING_NAMES else OTHER_NAMES.get(name)
+        close = [other] if other in known else None
         close = close or difflib.get_close_matches(name, known, 1, _SIMILAR) or [f"one of {', '.join(known)}"]
         raise TypeError(f"got {name!r} as an argument of {optimizer.__name__}, expected {close[0]}; correct the name")
 

@@ -56,7 +56,7 @@ def model_file(folder: Path) -> Path:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The checkpoint is of stage 3, or of tensor, pipeline or expert parallelism.
+        ValueError: The checkpoint is pyzero's; or of stage 3, or of tensor, pipeline or expert parallelism.
     """
     others = [path.name for path in folder.glob("*mp_rank_*_model_states.pt") if path.name != _MODEL_FILE]
     others += [path.name for path in folder.glob("layer_*.pt")]
@@ -67,6 +67,11 @@ def model_file(folder: Path) -> Path:
         )
     path = folder / _MODEL_FILE
     if not path.is_file():
+        if any((folder / name).is_file() for name in ("index.json", "latest")):  # of pyzero's
+            raise ValueError(
+                f"expected a folder that DeepSpeed wrote, got pyzero's own checkpoint, which needs no conversion; pass "
+                f"{folder} to pyzero.load_checkpoint or `python -m pyzero export`"
+            )
         raise FileNotFoundError(f"expected {path}, got no such file; copy the whole folder")
     return path
 

@@ -262,6 +262,16 @@ def _complete(directory: Path) -> list[Path]:
     return sorted(found, key=lambda path: ((path / INDEX).stat().st_mtime_ns, _numbers(path.name)))
 
 
+def _holds_checkpoints(directory: Path, name: str) -> bool:
+    """Return whether `latest` names a folder in the directory that has a `latest` itself, as an engine's tag is."""
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts:
+        return False
+    with suppress(OSError, ValueError):  # a name that is too long, or has a NUL
+        return (directory / path / LATEST).is_file()
+    return False
+
+
 def _numbers(name: str) -> list[int]:
     """Return the numbers in a folder's name: [1000, 1] for step_1000.1."""
     return [int(number) for number in name.removeprefix("step_").split(".")]
@@ -293,6 +303,11 @@ def find(directory: Path) -> Path | None:
         return directory / others[0] if others else None
     name = (directory / LATEST).read_text(errors="replace").strip()
     if not _FOLDER.fullmatch(name) or name not in others:
+        if _holds_checkpoints(directory, name):
+            raise CheckpointError(
+                f"expected {directory / LATEST} to name a checkpoint beside it, got {name[:80]!r}, which is itself a "
+                f"folder of checkpoints, as an engine saves them; pass {directory / name}"
+            )
         raise CheckpointError(
             f"expected {directory / LATEST} to name a checkpoint beside it, got {name[:80]!r}; load one of these by "
             f"its path: {', '.join(others) or 'there is none'}"

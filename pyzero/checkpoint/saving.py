@@ -20,6 +20,7 @@ from pyzero.comm.group import Group
 from pyzero.comm.work import CollectiveError
 from pyzero.optimizer import ZeroOptimizer
 from pyzero.sharding.agreement import Unfrozen, check_unfrozen
+from pyzero.state_dict import SAVE_OR_LOAD
 from pyzero.streams import on_device
 
 log = logging.getLogger("pyzero")
@@ -184,7 +185,7 @@ def begin(optimizer: ZeroOptimizer) -> Group:
 
     try:
         group = optimizer._checkpoint_group()
-        told = gather_from_all_ranks(group, "the look for parameters that are no longer frozen", tell)
+        told = gather_from_all_ranks(group, f"the start of {SAVE_OR_LOAD}", tell)
     finally:
         problem = None  # its traceback holds this frame, and the callers'
     by_rank = {rank: unfrozen for rank, (_, unfrozen) in zip(group.members(), told, strict=True)}

@@ -333,8 +333,8 @@ class WorkGroup:
         if is_other:
             places = "; ".join(f"rank {rank}, {it.where}, waits for {it.what}" for rank, it in sorted(seen.items()))
             raise CollectiveError(
-                f"the ranks wait for different collectives: {places}. Run backward and step, and read norms and whole "
-                f"tensors, equally often and in the same order on every rank; no_sync() in stage 2 needs the same"
+                f"the ranks wait for different collectives: {places}. Run backward and step, save, and read norms and "
+                f"whole tensors, equally often and in the same order on every rank; no_sync() in stage 2 needs the same"
             )
 
 

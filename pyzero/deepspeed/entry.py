@@ -142,7 +142,10 @@ def _settings_of(args: Any, given: Any) -> Config:
     of_args = (getattr(args, name, None) for name in ("deepspeed_config", "deepscale_config"))
     configs = [config for config in (given, next(filter(None, of_args), None)) if config is not None]
     if not configs:
-        raise ValueError("expected a config, got none; pass config= as a dict, a path or JSON text")
+        raise ValueError(
+            "expected a config, got none; pass config= as a dict, a path or JSON text, or pass args= and start the "
+            "script with --deepspeed_config FILE"
+        )
     if len(configs) > 1:
         raise ValueError(
             f"expected one config, got config= and args.deepspeed_config={configs[1]!r}; pass config= alone, or start "

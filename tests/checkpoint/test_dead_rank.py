@@ -1,4 +1,4 @@
-"""A rank that dies in a save: the other says so, and the checkpoint before is the latest."""
+"""A rank that dies in a save, or saves alone: the other says so. The checkpoint before a death is the latest."""
 
 from __future__ import annotations
 
@@ -64,3 +64,38 @@ def test_the_other_rank_says_so(tmp_path, where):
     assert pyzero.load_checkpoint(tmp_path / "saved", model=model, optimizer=optimizer)["step"] == 1
     pyzero.save_checkpoint(tmp_path / "saved", model=model, optimizer=optimizer, step=2)
     assert {path.name for path in (tmp_path / "saved").iterdir()} == {"latest", "step_1", "step_2"}
+
+
+def save_on_rank_0_alone(rank: int, folder: Path, num_saves_before: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=TIMEOUT_S)
+    )
+    model = nn.Linear(5, 3)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters())
+    for step in range(num_saves_before):
+        pyzero.save_checkpoint(folder / "saved", model=model, optimizer=optimizer, step=step)
+    try:
+        if rank == 0:
+            pyzero.save_checkpoint(folder / "saved", model=model, optimizer=optimizer, step=9)
+        model(torch.ones(2, 5)).sum().backward()
+        optimizer.step()
+    except RuntimeError as error:
+        (folder / f"said{rank}").write_text(f"{type(error).__name__}: {error}")
+    os._exit(0)
+
+
+@pytest.mark.parametrize("num_saves_before", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_save_on_rank_0_alone_is_named(tmp_path, num_saves_before):
+    context = multiprocessing.get_context("spawn")
+    args = (tmp_path, num_saves_before)
+    processes = [context.Process(target=save_on_rank_0_alone, args=(rank, *args)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(4 * TIMEOUT_S)
+    said = (tmp_path / "said1").read_text()
+    assert said.startswith("CollectiveError: ")
+    assert "the start of a save or load (every rank must call it)" in said
+    if num_saves_before == 0:
+        assert "rank 0, before the first backward, waits for" in said  # within some seconds, not at the timeout

@@ -372,6 +372,14 @@ def test_files_that_do_not_belong_together(folder, message):
         deepspeed_checkpoint.read(folder)
 
 
+def test_a_folder_of_our_own_needs_no_conversion(tmp_path, capsys):
+    model = torch.nn.Linear(2, 2)
+    engine, *_ = pyzero.initialize(model=model, config={"train_batch_size": 1, "optimizer": {"type": "Adam"}})
+    engine.save_checkpoint(tmp_path / "saved")
+    assert main(["import-deepspeed", str(tmp_path / "saved"), str(tmp_path / "ours")]) == 1
+    assert "got pyzero's own checkpoint, which needs no conversion; pass" in capsys.readouterr().err
+
+
 def test_a_folder_that_is_none(tmp_path, capsys):
     assert main(["import-deepspeed", str(tmp_path / "nothing"), str(tmp_path / "ours")]) == 1
     assert "python -m pyzero import-deepspeed: " in capsys.readouterr().err and not (tmp_path / "ours").exists()

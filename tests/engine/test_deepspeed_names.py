@@ -49,7 +49,7 @@ def test_a_config_among_the_arguments(name):
     args = argparse.Namespace(**{"deepspeed_config": None, name: {"train_batch_size": 8, "optimizer": ADAM}})
     engine, optimizer, _, _ = deepspeed.initialize(args=args, model=nn.Linear(1, 1))
     assert engine.train_batch_size() == 8 and optimizer.param_groups[0]["lr"] == 0.25
-    with pytest.raises(ValueError, match="expected a config, got none"):
+    with pytest.raises(ValueError, match="expected a config, got none; .* the script with --deepspeed_config FILE"):
         deepspeed.initialize(args=argparse.Namespace(deepspeed_config=None), model=nn.Linear(1, 1))
     with pytest.raises(ValueError, match="got config= and args.deepspeed_config=.*pass config= alone"):
         deepspeed.initialize(args=args, model=nn.Linear(1, 1), config={"train_batch_size": 8})

@@ -222,4 +222,4 @@ def test_auto_cast_says_whether_inputs_are_rounded(caplog, auto_cast, dtype):
     for _ in range(2):
         engine(torch.ones(2, 4, dtype=torch.bfloat16), torch.full((2,), 999.0))
     assert engine.module.dtype == dtype
-    assert caplog.text.count("inputs in torch.float32 are rounded to torch.bfloat16") == (auto_cast is None)
+    assert caplog.text.count("inputs in torch.float32 are cast to torch.bfloat16") == (auto_cast is None)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 import pyzero
+from pyzero.__main__ import main
 from pyzero.checkpoint import files
 from pyzero.deepspeed import comm
 from pyzero.deepspeed.schedules import WarmupLR
@@ -191,6 +192,14 @@ def test_a_damaged_latest_is_an_error_on_all_ranks(ranks, tmp_path, size):
     arguments = (str(tmp_path), [b"", b"\xff\xfe\0", b"../best", b"best\nother"])
     for said in ranks.run(size, loads_of, *arguments) if size > 1 else [loads_of(None, *arguments)]:
         assert all("latest to hold the tag of a checkpoint, got " in text and "pass tag=" in text for text in said)
+
+
+def test_an_export_of_the_engines_folder_names_the_checkpoint_to_pass(tmp_path, capsys):
+    start(2, "bf16").save_checkpoint(tmp_path, tag="best/1")
+    arguments = ["export", str(tmp_path), str(tmp_path / "model.safetensors")]
+    assert main(arguments) == 1
+    assert f"a folder of checkpoints, as an engine saves them; pass {tmp_path}/best/1\n" in capsys.readouterr().err
+    assert main([arguments[0], f"{tmp_path}/best/1", arguments[2]]) == 0
 
 
 def test_a_load_breaks_an_accumulation_off(tmp_path):

@@ -160,8 +160,8 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
         if wider is not None:
             self._warns_of_cast = False
             log.warning(
-                "inputs in %s are rounded to %s, the weights' dtype, where DeepSpeed leaves them alone; so does "
-                "auto_cast=false in the config's fp16 or bf16, and auto_cast=true says that they are meant to be",
+                "inputs in %s are cast to %s, the weights' dtype; DeepSpeed leaves them alone. Set auto_cast in the "
+                "config's fp16 or bf16 section: to true if you mean the cast, to false to leave inputs alone",
                 wider,
                 dtype,
             )
