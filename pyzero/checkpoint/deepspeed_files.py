@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +111,10 @@ def load(path: Path) -> dict[str, Any]:
 
 def _check_sums(path: Path) -> None:
     """Raise ValueError if a checksum in the file is wrong. torch.load does not check them."""
-    with zipfile.ZipFile(path) as archive:
-        try:
+    try:
+        with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-        except (zipfile.BadZipFile, NotImplementedError, EOFError) as error:
-            raise ValueError(str(error)) from error
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError) as error:
+        raise ValueError(str(error)) from error
     if damaged is not None:
         raise ValueError(f"the checksum of {damaged} in it is wrong")

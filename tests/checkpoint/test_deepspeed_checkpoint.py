@@ -28,6 +28,7 @@ from deepspeed_case import (
     Model,
     mean_gradients,
 )
+from logs import logged
 from tolerances import ADAM
 
 import pyzero
@@ -330,10 +331,17 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
+def overwrite(path: Path, found: bytes, by: bytes) -> None:
+    data = path.read_bytes()
+    assert found in data
+    path.write_bytes(data.replace(found, by, 1))
+
+
 DAMAGES = {
     "truncated": lambda folder: os.truncate(folder / OPTIM_FILE, 3000),
     "empty": lambda folder: os.truncate(folder / OPTIM_FILE, 0),
     "flipped": lambda folder: flip_a_bit(folder / OPTIM_FILE),
+    "another directory": lambda folder: overwrite(folder / OPTIM_FILE, b"PK\1\2", b"PK\1\3"),
 }
 
 
@@ -362,6 +370,9 @@ MISFITS = {
         folder / OPTIM_FILE.replace("rank_1_mp", "rank_0_mp"), folder / OPTIM_FILE
     ),
     r"latest, which names the newest": lambda folder: (folder / "latest").unlink(),
+    r"the files of one save in .*, got steps \[2.0, 5.0\] of ranks 0 to 1": lambda folder: shutil.copy(
+        folder / OPTIM_FILE.replace("saved", "later"), folder / OPTIM_FILE
+    ),
 }
 
 
@@ -370,6 +381,16 @@ def test_files_that_do_not_belong_together(folder, message):
     MISFITS[message](folder)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         deepspeed_checkpoint.read(folder)
+
+
+def test_a_model_file_of_another_save_is_told_of(folder):
+    with logged() as lines:
+        deepspeed_checkpoint.read(folder)
+        assert not lines
+        shutil.copy(folder / MODEL_FILE.replace("saved", "later"), folder / MODEL_FILE)
+        deepspeed_checkpoint.read(folder)
+    (line,) = lines
+    assert "are not the masters of the optimizer's files, embedding.weight first" in line
 
 
 def test_a_folder_that_is_none(tmp_path, capsys):
