@@ -24,6 +24,7 @@ import pickle
 import re
 import shutil
 import zlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -31,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 
 log = logging.getLogger("pyzero")
@@ -74,6 +76,7 @@ class ChecksummedStream:
         self._progress = progress
         self._begin = self._crc = self._length = 0
         self._small = bytearray()  # buffered, because torch.save writes a tensor in 40 calls
+        self.error: OSError | None = None  # of a write, which torch.save reports as one of its own archive
         self._crc_thread = ThreadPoolExecutor(1)
 
     def write(self, data: Any) -> int:
@@ -85,7 +88,7 @@ class ChecksummedStream:
             return num_bytes
         self._put_small()
         crc = self._crc_of(data)  # the CRC-32 and the write both release the interpreter's lock
-        self._raw.write(data)
+        self._put(data)
         self._crc = crc.result()
         self._progress(num_bytes)
         return num_bytes
@@ -100,9 +103,16 @@ class ChecksummedStream:
 
     def _put_small(self) -> None:
         self._crc = zlib.crc32(self._small, self._crc)
-        self._raw.write(self._small)
+        self._put(self._small)
         self._progress(len(self._small))
         self._small.clear()
+
+    def _put(self, data: Any) -> None:
+        try:
+            self._raw.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def tell(self) -> int:
         """End the present item, and begin the next. Return the next one's offset in the file."""
@@ -156,17 +166,33 @@ def to_bytes(value: Any, what: str) -> bytes:
     Raises:
         TypeError: The value contains objects that cannot be loaded without running code.
     """
-    file = io.BytesIO()
     try:
-        torch.save(value, file)
-        torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+        try:
+            return _to_safe_bytes(value)
+        except Exception:
+            return _to_safe_bytes(_with_plain_numbers(value))
     except Exception as error:  # pickle and torch raise many kinds
         reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), str(error))
         raise TypeError(
             f"expected tensors, numbers, strings, None, and lists, tuples and dicts of them in {what}, got more: "
             f"{reason.strip()}; pass plain data, as state_dict() of a scheduler gives"
         ) from error
+
+
+def _to_safe_bytes(value: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(value, file)
+    torch.load(io.BytesIO(file.getvalue()), weights_only=True)
     return file.getvalue()
+
+
+def _with_plain_numbers(value: Any) -> Any:
+    """Replace numpy's numbers, as a schedule may compute them, by Python's, in nested dicts, lists and tuples too."""
+    if type(value) in (dict, OrderedDict):
+        return type(value)((_with_plain_numbers(key), _with_plain_numbers(item)) for key, item in value.items())
+    if type(value) in (list, tuple):
+        return type(value)(map(_with_plain_numbers, value))
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def begin(directory: Path, step: int) -> Path:
@@ -293,11 +319,20 @@ def find(directory: Path) -> Path | None:
         return directory / others[0] if others else None
     name = (directory / LATEST).read_text(errors="replace").strip()
     if not _FOLDER.fullmatch(name) or name not in others:
+        if not others and _names_engine_folder(directory, name):
+            others = [name]
         raise CheckpointError(
             f"expected {directory / LATEST} to name a checkpoint beside it, got {name[:80]!r}; load one of these by "
             f"its path: {', '.join(others) or 'there is none'}"
         )
     return directory / name
+
+
+def _names_engine_folder(directory: Path, name: str) -> bool:
+    """Whether `latest` is of engine.save_checkpoint, and names a folder in which it has saved one."""
+    path = Path(name)
+    is_inside = bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
+    return is_inside and (directory / path).is_dir() and bool(_complete(directory / path))
 
 
 def read_index(folder: Path) -> dict[str, Any]:

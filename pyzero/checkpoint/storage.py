@@ -55,9 +55,15 @@ class _ChecksummedFiles(FileSystem):
                 return
             found: dict[int, tuple[int, int]] = {}
             stream = ChecksummedStream(raw, found, self._progress)  # type: ignore[arg-type]
-            yield stream
-            stream.tell()
-            stream.close()
+            try:
+                yield stream
+                stream.tell()
+            except Exception:
+                if stream.error is not None:
+                    raise stream.error from None
+                raise
+            finally:
+                stream.close()
             self._crcs.update({(Path(path).name, offset): row for offset, row in found.items()})
 
 
