@@ -283,7 +283,7 @@ def _checked(tag: str) -> str:
     if not are_names or any(_OWN_FOLDER.fullmatch(part) for part in others):
         raise ValueError(
             f"expected a tag that can name a folder, got {tag!r}; leave out leading dots, spaces at the ends, "
-            f"{files.LATEST!r}, which is a file, and step_ and a number after a slash, as a checkpoint's own folders have"
+            f"{files.LATEST!r}, which is a file, and step_ with a number after a slash, as a checkpoint's own folders"
         )
     return tag
 
