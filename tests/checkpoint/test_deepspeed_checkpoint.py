@@ -393,6 +393,13 @@ def test_a_model_file_of_another_save_is_told_of(folder):
     assert "are not the masters of the optimizer's files, embedding.weight first" in line
 
 
+def test_deepspeeds_own_folder_takes_no_checkpoint_of_ours(folder):
+    """Whose `latest` would be lost."""
+    with pytest.raises(ValueError, match="expected a folder for the new checkpoint other than .*, got the same"):
+        convert.import_deepspeed(folder, folder / "saved" / "..")
+    assert (folder / "latest").read_text() == "saved" and not [*folder.glob("step_*")]
+
+
 def test_a_folder_that_is_none(tmp_path, capsys):
     assert main(["import-deepspeed", str(tmp_path / "nothing"), str(tmp_path / "ours")]) == 1
     assert "python -m pyzero import-deepspeed: " in capsys.readouterr().err and not (tmp_path / "ours").exists()
