@@ -26,7 +26,7 @@ from pyzero.checkpoint.content import (
     set_extra_state,
 )
 from pyzero.checkpoint.files import CheckpointError
-from pyzero.checkpoint.saving import begin
+from pyzero.checkpoint.saving import begin, wait_for_saves
 from pyzero.gradients.hooks import trained
 from pyzero.optimizer import ZeroOptimizer
 from pyzero.rank_state.notes import RULE, SCALER
@@ -168,6 +168,7 @@ class _Load:
         self._directory = Path(self._given)
         if self._group.rank:
             return None
+        wait_for_saves()
         folder = files.find(self._directory)
         if folder is None:
             raise CheckpointError(

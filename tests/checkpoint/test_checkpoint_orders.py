@@ -85,6 +85,25 @@ def test_a_save_waits_for_another_optimizers_into_the_same_directory(tmp_path, s
     assert pyzero.load_checkpoint(tmp_path, model=small, optimizer=optimizer)["step"] == steps[1]
 
 
+def built_anew(group: Any, path: Path) -> tuple[int, float]:
+    """What a run loads that begins again in its process, as after an error, while a save is under way."""
+    for value in (1.0, 2.0):
+        model = nn.ParameterList([nn.Parameter(torch.full((1 << 20,), value))])
+        optimizer = pyzero.FusedZeroAdamW(model.parameters(), process_group=group)
+        future = pyzero.async_save_checkpoint(path, model=model, optimizer=optimizer, step=int(value), keep=1)
+        if value == 1.0:
+            future.result()
+    model = nn.ParameterList([nn.Parameter(torch.zeros(1 << 20))])
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), process_group=group)
+    step = pyzero.load_checkpoint(path, model=model, optimizer=optimizer)["step"]
+    return step, float(model[0].min())
+
+
+@NUM_RANKS
+def test_a_load_waits_for_another_optimizers_save(ranks, tmp_path, size):
+    assert ranks.run(size, built_anew, tmp_path) == [(2, 2.0)] * size
+
+
 LAST_LINE = """
 import sys
 import torch
