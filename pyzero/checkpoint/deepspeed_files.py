@@ -73,7 +73,17 @@ def model_file(folder: Path) -> Path:
 
 
 def optimizer_files(folder: Path) -> list[Path]:
-    """Return the optimizer's files, in rank order. Raise FileNotFoundError if a rank's is missing."""
+    """Return the optimizer's files, in rank order.
+
+    Raises:
+        FileNotFoundError: A rank's file is missing.
+        ValueError: The checkpoint was converted to DeepSpeed's universal format.
+    """
+    if (folder / "zero").is_dir():
+        raise ValueError(
+            f"expected each rank's *_optim_states.pt, got a universal checkpoint in {folder}; pass the tag that it was "
+            f"made from, which loads on any number of ranks too"
+        )
     found = [(int(m[1]), path) for path in folder.glob("*_optim_states.pt") if (m := _OPTIM_FILE.fullmatch(path.name))]
     if not found or sorted(rank for rank, _ in found) != list(range(len(found))):
         raise FileNotFoundError(

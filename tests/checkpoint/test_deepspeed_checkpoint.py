@@ -352,6 +352,13 @@ def test_a_damaged_file_is_named(folder, damage):
         deepspeed_checkpoint.read(folder)
 
 
+def make_universal(folder: Path) -> None:
+    """As ds_to_universal.py does, in which each parameter has a folder."""
+    for path in folder.glob("*_optim_states.pt"):
+        path.unlink()
+    (folder / "zero" / "embedding.weight").mkdir(parents=True)
+
+
 MISFITS = {
     r"those of \[0\]|2 ranks|files of \[2, 2\] ranks": lambda folder: (folder / OPTIM_FILE).unlink(),
     r"those of \[1\]": lambda folder: (folder / OPTIM_FILE.replace("rank_1_mp", "rank_0_mp")).unlink(),
@@ -369,6 +376,7 @@ MISFITS = {
     r"expected \d+ values of master of \S+": lambda folder: shutil.copy(
         folder / OPTIM_FILE.replace("rank_1_mp", "rank_0_mp"), folder / OPTIM_FILE
     ),
+    "got a universal checkpoint in .* pass the tag that it was made from": lambda folder: make_universal(folder / "saved"),
     r"latest, which names the newest": lambda folder: (folder / "latest").unlink(),
     r"the files of one save in .*, got steps \[2.0, 5.0\] of ranks 0 to 1": lambda folder: shutil.copy(
         folder / OPTIM_FILE.replace("saved", "later"), folder / OPTIM_FILE
