@@ -176,8 +176,8 @@ def collect(model: nn.Module, optimizer: ZeroOptimizer, extra: dict[str, Any], e
     values = {names[params[i]]: dict(of_param) for i, of_param in state["state"].items()}
     tensors, others = model_state(model, optimizer)
     for param, name in names.items():
-        is_saved = name in tensors and _is_in_place(tensors[name], param)  # not rounded by a state_dict() of its own
-        if param.dtype == torch.float32 and name in values and is_saved:
+        has_master = param.dtype == torch.float32 and name in values
+        if has_master and name in tensors and _is_in_place(tensors[name], param):  # not a copy, which may be rounded
             del values[name][MASTER]  # an fp32 weight is its own master
     index = optimizer.model_parallel_rank
     owned = list(names.values())
