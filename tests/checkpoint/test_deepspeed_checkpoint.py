@@ -376,7 +376,7 @@ MISFITS = {
     r"expected \d+ values of master of \S+": lambda folder: shutil.copy(
         folder / OPTIM_FILE.replace("rank_1_mp", "rank_0_mp"), folder / OPTIM_FILE
     ),
-    "got a universal checkpoint in .* pass the tag that it was made from": lambda folder: make_universal(folder / "saved"),
+    r"a universal checkpoint in .* the tag that it was made from": lambda folder: make_universal(folder / "saved"),
     r"latest, which names the newest": lambda folder: (folder / "latest").unlink(),
     r"the files of one save in .*, got steps \[2.0, 5.0\] of ranks 0 to 1": lambda folder: shutil.copy(
         folder / OPTIM_FILE.replace("saved", "later"), folder / OPTIM_FILE
