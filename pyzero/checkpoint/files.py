@@ -284,8 +284,12 @@ def _delete(path: Path) -> None:
 
 def _complete(directory: Path) -> list[Path]:
     """Return the complete checkpoints in the order of saving. Steps may differ from it: a run may resume earlier."""
-    found = [p for p in directory.iterdir() if _FOLDER.fullmatch(p.name) and (p / INDEX).is_file()]
-    return sorted(found, key=lambda path: ((path / INDEX).stat().st_mtime_ns, _numbers(path.name)))
+    found = []
+    for path in directory.iterdir():
+        if _FOLDER.fullmatch(path.name) and (path / INDEX).is_file():
+            with suppress(FileNotFoundError):  # another job may have removed it
+                found.append(((path / INDEX).stat().st_mtime_ns, _numbers(path.name), path))
+    return [path for _, _, path in sorted(found)]
 
 
 def _numbers(name: str) -> list[int]:
@@ -309,23 +313,25 @@ def find(directory: Path) -> Path | None:
         return directory
     if not directory.is_dir():
         return None
-    others = [path.name for path in _complete(directory)]
     if not (directory / LATEST).is_file():
+        others = [path.name for path in _complete(directory)]
         if len(others) > 1:
             raise CheckpointError(
                 f"expected {directory / LATEST} to name one of {', '.join(others)}, got no such file; load one by its "
                 f"path, or write its name there"
             )
         return directory / others[0] if others else None
-    name = (directory / LATEST).read_text(errors="replace").strip()
-    if not _FOLDER.fullmatch(name) or name not in others:
-        if not others and _names_engine_folder(directory, name):
-            others = [name]
-        raise CheckpointError(
-            f"expected {directory / LATEST} to name a checkpoint beside it, got {name[:80]!r}; load one of these by "
-            f"its path: {', '.join(others) or 'there is none'}"
-        )
-    return directory / name
+    name = None
+    while name != (name := (directory / LATEST).read_text(errors="replace").strip()):  # again, for it may be replaced
+        if _FOLDER.fullmatch(name) and (directory / name / INDEX).is_file():
+            return directory / name
+    others = [path.name for path in _complete(directory)]
+    if not others and _names_engine_folder(directory, name):
+        others = [name]
+    raise CheckpointError(
+        f"expected {directory / LATEST} to name a checkpoint beside it, got {name[:80]!r}; load one of these by "
+        f"its path: {', '.join(others) or 'there is none'}"
+    )
 
 
 def _names_engine_folder(directory: Path, name: str) -> bool:

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import gc
 import io
+import os
 import subprocess
 import sys
 import threading
@@ -102,6 +103,30 @@ def built_anew(group: Any, path: Path) -> tuple[int, float]:
 @NUM_RANKS
 def test_a_load_waits_for_another_optimizers_save(ranks, tmp_path, size):
     assert ranks.run(size, built_anew, tmp_path) == [(2, 2.0)] * size
+
+
+def test_the_latest_is_found_while_another_job_saves(tmp_path, monkeypatch):
+    """It replaces `latest` and removes the checkpoint before between two looks at the directory."""
+    model = nn.Linear(2, 2)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters())
+    pyzero.save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=2)
+    texts = ["step_1\n", "step_2\n", "step_2\n"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", lambda *args, **options: texts.pop(0))
+        assert pyzero.latest_checkpoint(tmp_path) == tmp_path / "step_2"
+    (tmp_path / "latest").write_text("step_1\n")
+    stat, seen = Path.stat, []
+
+    def stat_before_it_goes(path: Path, **options: Any) -> os.stat_result:
+        if path.name == files.INDEX and path.parent.name == "step_2":
+            seen.append(path)
+            if len(seen) > 1:
+                raise FileNotFoundError(2, "No such file or directory", str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", stat_before_it_goes)
+    with pytest.raises(pyzero.CheckpointError, match="got 'step_1'; load one of these by its path: there is none"):
+        pyzero.latest_checkpoint(tmp_path)
 
 
 LAST_LINE = """
