@@ -323,7 +323,7 @@ def find(directory: Path) -> Path | None:
         return directory / others[0] if others else None
     name = None
     while name != (name := (directory / LATEST).read_text(errors="replace").strip()):  # again, for it may be replaced
-        if _FOLDER.fullmatch(name) and (directory / name / INDEX).is_file():
+        if name in (path.name for path in _complete(directory)):
             return directory / name
     others = [path.name for path in _complete(directory)]
     if not others and _names_engine_folder(directory, name):
@@ -338,7 +338,10 @@ def _names_engine_folder(directory: Path, name: str) -> bool:
     """Whether `latest` is of engine.save_checkpoint, and names a folder in which it has saved one."""
     path = Path(name)
     is_inside = bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
-    return is_inside and (directory / path).is_dir() and bool(_complete(directory / path))
+    try:
+        return is_inside and (directory / path).is_dir() and bool(_complete(directory / path))
+    except OSError:  # too long for a name
+        return False
 
 
 def read_index(folder: Path) -> dict[str, Any]:
