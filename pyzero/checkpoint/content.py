@@ -205,12 +205,14 @@ def collect(model: nn.Module, optimizer: ZeroOptimizer, extra: dict[str, Any], e
 
 
 def _check_layouts(tensors: dict[str, Tensor]) -> None:
-    layouts = {name: local_of(tensor).layout for name, tensor in tensors.items()}
-    sparse = [f"{name} as {layout}" for name, layout in layouts.items() if layout != torch.strided]
-    if sparse:
+    local = {name: local_of(tensor) for name, tensor in tensors.items()}
+    others = [f"{name} as {tensor.layout}" for name, tensor in local.items() if tensor.layout != torch.strided]
+    others += [f"{name} as {tensor.dtype}" for name, tensor in local.items() if tensor.is_quantized]
+    if others:
         raise CheckpointError(
-            f"expected parameters and buffers of layout torch.strided, got {', '.join(sparse)}; hold each in a "
-            f"buffer that is not saved (register_buffer(..., persistent=False)), or build it when the model is loaded"
+            f"expected parameters and buffers of layout torch.strided, not quantized, got {', '.join(others)}; hold "
+            f"each in a buffer that is not saved (register_buffer(..., persistent=False)), or build it when the model "
+            f"is loaded"
         )
 
 

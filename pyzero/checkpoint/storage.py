@@ -72,8 +72,9 @@ class _AliasPlanner(DefaultSavePlanner):
 
     def lookup_object(self, index: MetadataIndex) -> Any:
         value = super().lookup_object(index)
-        is_part = isinstance(value, Tensor) and value.is_contiguous() and value.numel() > 0
-        return memory.alias(value.detach()) if is_part else value
+        if not isinstance(value, Tensor) or value.is_conj():  # DLPack cannot describe a conjugate view
+            return value
+        return memory.alias(value.detach()) if value.is_contiguous() and value.numel() > 0 else value
 
 
 class ChecksummedWriter(FileSystemWriter):

@@ -456,6 +456,23 @@ def test_a_sparse_tensor_is_told_of_by_name(tmp_path, how):
         pyzero.save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=0)
 
 
+def test_a_quantized_buffer_is_told_of_by_name(tmp_path):
+    model = nn.Linear(3, 3)
+    model.register_buffer("table", torch.quantize_per_tensor(torch.ones(4), 0.5, 0, torch.qint8))
+    with pytest.raises(pyzero.CheckpointError, match=r"got table as torch.qint8; .*persistent=False"):
+        pyzero.save_checkpoint(tmp_path, model=model, optimizer=pyzero.FusedZeroAdamW(model.parameters()), step=0)
+
+
+def test_a_conjugate_view_is_saved(tmp_path):
+    model = nn.Linear(3, 3)
+    model.register_buffer("angles", torch.randn(5, dtype=torch.complex64).conj())
+    wanted, optimizer = model.angles.clone(), pyzero.FusedZeroAdamW(model.parameters())
+    pyzero.save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=0)
+    model.angles = torch.zeros(5, dtype=torch.complex64)
+    pyzero.load_checkpoint(tmp_path, model=model, optimizer=optimizer)
+    assert torch.equal(model.angles, wanted)
+
+
 def test_counters_of_the_loss_scale(tmp_path):
     model = nn.Linear(3, 2)
     optimizer = pyzero.FusedZeroAdamW(model.parameters(), loss_scale=pyzero.LossScale(init_scale=8.0))
