@@ -164,13 +164,13 @@ def _params(
     """Yield each trained parameter's name and state, joined from the ranks' fragments."""
     for index, shapes_of_group in enumerate(shapes):
         flats = [_flat_state(state, index, folder) for state in states]
-        steps = [float(flat["step"]) for flat in flats]
-        if len(set(steps)) > 1:
-            raise ValueError(
-                f"expected the files of one save in {folder}, got steps {steps} of ranks 0 to {len(steps) - 1}; copy "
-                f"the files of all ranks again, or load an earlier tag: a save over this one may have been broken off"
-            )
         mappings = [_item(state, "param_slice_mappings", list, folder)[index] for state in states]
+        steps = {rank: float(flat["step"]) for rank, flat in enumerate(flats) if mappings[rank]}
+        if len(set(steps.values())) > 1:
+            raise ValueError(
+                f"expected the files of one save in {folder}, got these steps by rank: {steps}; copy the files of all "
+                f"ranks again, or load an earlier tag: a save over this one may have been broken off"
+            )
         for name, shape in shapes_of_group.items():
             fragments = [
                 (flat, vars(mapping[name])) for flat, mapping in zip(flats, mappings, strict=True) if name in mapping

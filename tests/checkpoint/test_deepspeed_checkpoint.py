@@ -378,7 +378,7 @@ MISFITS = {
     ),
     r"a universal checkpoint in .* the tag that it was made from": lambda folder: make_universal(folder / "saved"),
     r"latest, which names the newest": lambda folder: (folder / "latest").unlink(),
-    r"the files of one save in .*, got steps \[2.0, 5.0\] of ranks 0 to 1": lambda folder: shutil.copy(
+    r"the files of one save in .*, got these steps by rank: {0: 2.0, 1: 5.0}": lambda folder: shutil.copy(
         folder / OPTIM_FILE.replace("saved", "later"), folder / OPTIM_FILE
     ),
 }
