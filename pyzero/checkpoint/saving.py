@@ -58,6 +58,7 @@ def save_checkpoint(
         exclude_gradients: Save even if a backward has run since the last step(), without its gradients. They stay for
             the next step() of this run, as in torch.
         **extra: More data of this rank: tensors and plain data, such as state dicts of schedulers and dataloaders.
+            Numbers of numpy come back as Python's.
 
     Returns:
         The folder.
