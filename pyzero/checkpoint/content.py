@@ -109,6 +109,26 @@ def model_state(model: nn.Module, optimizer: ZeroOptimizer) -> tuple[dict[str, T
     return {parts.get(name, name): value for name, value in state.items() if name not in extra}, extra
 
 
+def own_tensors(model: nn.Module, optimizer: ZeroOptimizer, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return what a load writes for the names of `state`, from model_state: the model's own parameters and buffers.
+
+    The tensors in `state` may be copies, if the model has a state_dict() of its own. It may have other names too. Those
+    are left out if the tensors are made anew in each call, so that nothing can be loaded into them.
+    """
+    parts = _parts(model, optimizer)
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    own = {parts.get(fqn, fqn): tensor for name, tensor in named for fqn in _fqns(model, name)}
+    own = {name: own[name] for name, tensor in state.items() if name in own and own[name].shape == tensor.shape}
+    others = state.keys() - own.keys()
+    again = model_state(model, optimizer)[0] if others else {}
+    return own | {name: state[name] for name in others if name in again and _is_in_place(again[name], state[name])}
+
+
+def _is_in_place(tensor: Tensor, other: Tensor) -> bool:
+    """Whether two tensors, or their local tensors, are the same memory."""
+    return memory_identity(local_of(tensor)) == memory_identity(local_of(other))
+
+
 def set_extra_state(model: nn.Module, state: dict[str, Any]) -> None:
     """Set the extra state of modules. state: By torch.distributed.checkpoint's names; it may lack some modules.
 
@@ -154,10 +174,11 @@ def collect(model: nn.Module, optimizer: ZeroOptimizer, extra: dict[str, Any], e
         for group in state["param_groups"]
     ]
     values = {names[params[i]]: dict(of_param) for i, of_param in state["state"].items()}
-    for param, name in names.items():
-        if param.dtype == torch.float32 and name in values:
-            del values[name][MASTER]  # an fp32 weight is its own master
     tensors, others = model_state(model, optimizer)
+    for param, name in names.items():
+        has_master = param.dtype == torch.float32 and name in values
+        if has_master and name in tensors and _is_in_place(tensors[name], param):  # not a copy, which may be rounded
+            del values[name][MASTER]  # an fp32 weight is its own master
     index = optimizer.model_parallel_rank
     owned = list(names.values())
     if index is not None:
@@ -184,12 +205,14 @@ def collect(model: nn.Module, optimizer: ZeroOptimizer, extra: dict[str, Any], e
 
 
 def _check_layouts(tensors: dict[str, Tensor]) -> None:
-    layouts = {name: local_of(tensor).layout for name, tensor in tensors.items()}
-    sparse = [f"{name} as {layout}" for name, layout in layouts.items() if layout != torch.strided]
-    if sparse:
+    local = {name: local_of(tensor) for name, tensor in tensors.items()}
+    others = [f"{name} as {tensor.layout}" for name, tensor in local.items() if tensor.layout != torch.strided]
+    others += [f"{name} as {tensor.dtype}" for name, tensor in local.items() if tensor.is_quantized]
+    if others:
         raise CheckpointError(
-            f"expected parameters and buffers of layout torch.strided, got {', '.join(sparse)}; hold each in a "
-            f"buffer that is not saved (register_buffer(..., persistent=False)), or build it when the model is loaded"
+            f"expected parameters and buffers of layout torch.strided, not quantized, got {', '.join(others)}; hold "
+            f"each in a buffer that is not saved (register_buffer(..., persistent=False)), or build it when the model "
+            f"is loaded"
         )
 
 
@@ -227,11 +250,13 @@ def join(parts: list[Part]) -> dict[str, Any]:
 def _add_group(groups: list[dict[str, Any]], group: dict[str, Any]) -> None:
     """Merge a group into one with the same hyper-parameters, or append it."""
     for other in groups:
-        if _options(other) == _options(group):
+        if comparable(other) == comparable(group):
             other["params"] = other["params"] + group["params"]
             return
     groups.append(group)
 
 
-def _options(group: dict[str, Any]) -> str:
-    return repr({key: value for key, value in group.items() if key not in ("params", SCALER)})
+def comparable(group: dict[str, Any]) -> str:
+    """Return a text that is equal for groups with the same options. repr() of a tensor would show four digits."""
+    options = {key: value for key, value in group.items() if key not in ("params", SCALER)}
+    return repr({key: v.tolist() if isinstance(v, Tensor) else v for key, v in options.items()})

@@ -37,9 +37,14 @@ def import_deepspeed(directory: str | Path, out: str | Path, tag: str | None = N
         The folder of the new checkpoint.
 
     Raises:
-        FileNotFoundError, ValueError: See from_deepspeed.read.
+        FileNotFoundError, ValueError: See from_deepspeed.read. Or `out` is `directory`.
         CheckpointError: `out` could not be written.
     """
+    if Path(out).resolve() == Path(directory).resolve():
+        raise ValueError(
+            f"expected a folder for the new checkpoint other than {directory}, got the same, in which DeepSpeed's file "
+            f"latest would be replaced; pass another, such as {Path(directory) / 'pyzero'}"
+        )
     theirs = from_deepspeed.read(directory, tag)
     groups: list[dict[str, Any]] = [{**group.hyper, "params": group.names} for group in theirs.groups]
     for group, of_theirs in zip(groups, theirs.groups, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,17 @@ def model_file(folder: Path) -> Path:
 
 
 def optimizer_files(folder: Path) -> list[Path]:
-    """Return the optimizer's files, in rank order. Raise FileNotFoundError if a rank's is missing."""
+    """Return the optimizer's files, in rank order.
+
+    Raises:
+        FileNotFoundError: A rank's file is missing.
+        ValueError: The checkpoint was converted to DeepSpeed's universal format.
+    """
+    if (folder / "zero").is_dir():
+        raise ValueError(
+            f"expected each rank's *_optim_states.pt, got a universal checkpoint in {folder}; pass the tag that it was "
+            f"made from, which loads on any number of ranks too"
+        )
     found = [(int(m[1]), path) for path in folder.glob("*_optim_states.pt") if (m := _OPTIM_FILE.fullmatch(path.name))]
     if not found or sorted(rank for rank, _ in found) != list(range(len(found))):
         raise FileNotFoundError(
@@ -115,10 +126,10 @@ def load(path: Path) -> dict[str, Any]:
 
 def _check_sums(path: Path) -> None:
     """Raise ValueError if a checksum in the file is wrong. torch.load does not check them."""
-    with zipfile.ZipFile(path) as archive:
-        try:
+    try:
+        with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-        except (zipfile.BadZipFile, NotImplementedError, EOFError) as error:
-            raise ValueError(str(error)) from error
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError) as error:
+        raise ValueError(str(error)) from error
     if damaged is not None:
         raise ValueError(f"the checksum of {damaged} in it is wrong")

@@ -24,6 +24,7 @@ import pickle
 import re
 import shutil
 import zlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -31,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 
 log = logging.getLogger("pyzero")
@@ -74,6 +76,7 @@ class ChecksummedStream:
         self._progress = progress
         self._begin = self._crc = self._length = 0
         self._small = bytearray()  # buffered, because torch.save writes a tensor in 40 calls
+        self.error: OSError | None = None  # of a write, which torch.save reports as one of its own archive
         self._crc_thread = ThreadPoolExecutor(1)
 
     def write(self, data: Any) -> int:
@@ -85,7 +88,7 @@ class ChecksummedStream:
             return num_bytes
         self._put_small()
         crc = self._crc_of(data)  # the CRC-32 and the write both release the interpreter's lock
-        self._raw.write(data)
+        self._put(data)
         self._crc = crc.result()
         self._progress(num_bytes)
         return num_bytes
@@ -100,9 +103,16 @@ class ChecksummedStream:
 
     def _put_small(self) -> None:
         self._crc = zlib.crc32(self._small, self._crc)
-        self._raw.write(self._small)
+        self._put(self._small)
         self._progress(len(self._small))
         self._small.clear()
+
+    def _put(self, data: Any) -> None:
+        try:
+            self._raw.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def tell(self) -> int:
         """End the present item, and begin the next. Return the next one's offset in the file."""
@@ -156,17 +166,33 @@ def to_bytes(value: Any, what: str) -> bytes:
     Raises:
         TypeError: The value contains objects that cannot be loaded without running code.
     """
-    file = io.BytesIO()
     try:
-        torch.save(value, file)
-        torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+        try:
+            return _to_safe_bytes(value)
+        except Exception:
+            return _to_safe_bytes(_with_plain_numbers(value))
     except Exception as error:  # pickle and torch raise many kinds
         reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), str(error))
         raise TypeError(
             f"expected tensors, numbers, strings, None, and lists, tuples and dicts of them in {what}, got more: "
             f"{reason.strip()}; pass plain data, as state_dict() of a scheduler gives"
         ) from error
+
+
+def _to_safe_bytes(value: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(value, file)
+    torch.load(io.BytesIO(file.getvalue()), weights_only=True)
     return file.getvalue()
+
+
+def _with_plain_numbers(value: Any) -> Any:
+    """Replace numpy's numbers, as a schedule may compute them, by Python's, in nested dicts, lists and tuples too."""
+    if type(value) in (dict, OrderedDict):
+        return type(value)((_with_plain_numbers(key), _with_plain_numbers(item)) for key, item in value.items())
+    if type(value) in (list, tuple):
+        return type(value)(map(_with_plain_numbers, value))
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def begin(directory: Path, step: int) -> Path:
@@ -258,8 +284,12 @@ def _delete(path: Path) -> None:
 
 def _complete(directory: Path) -> list[Path]:
     """Return the complete checkpoints in the order of saving. Steps may differ from it: a run may resume earlier."""
-    found = [p for p in directory.iterdir() if _FOLDER.fullmatch(p.name) and (p / INDEX).is_file()]
-    return sorted(found, key=lambda path: ((path / INDEX).stat().st_mtime_ns, _numbers(path.name)))
+    found = []
+    for path in directory.iterdir():
+        if _FOLDER.fullmatch(path.name) and (path / INDEX).is_file():
+            with suppress(FileNotFoundError):  # another job may have removed it
+                found.append(((path / INDEX).stat().st_mtime_ns, _numbers(path.name), path))
+    return [path for _, _, path in sorted(found)]
 
 
 def _holds_checkpoints(directory: Path, name: str) -> bool:
@@ -293,26 +323,25 @@ def find(directory: Path) -> Path | None:
         return directory
     if not directory.is_dir():
         return None
-    others = [path.name for path in _complete(directory)]
     if not (directory / LATEST).is_file():
+        others = [path.name for path in _complete(directory)]
         if len(others) > 1:
             raise CheckpointError(
                 f"expected {directory / LATEST} to name one of {', '.join(others)}, got no such file; load one by its "
                 f"path, or write its name there"
             )
         return directory / others[0] if others else None
-    name = (directory / LATEST).read_text(errors="replace").strip()
-    if not _FOLDER.fullmatch(name) or name not in others:
-        if _holds_checkpoints(directory, name):
-            raise CheckpointError(
-                f"expected {directory / LATEST} to name a checkpoint beside it, got {name[:80]!r}, which is itself a "
-                f"folder of checkpoints, as an engine saves them; pass {directory / name}"
-            )
+    name = None
+    while name != (name := (directory / LATEST).read_text(errors="replace").strip()):  # again, for it may be replaced
+        if name in (path.name for path in _complete(directory)):
+            return directory / name
+    wrong = f"expected {directory / LATEST} to name a checkpoint beside it, got {name[:80]!r}"
+    if _holds_checkpoints(directory, name):
         raise CheckpointError(
-            f"expected {directory / LATEST} to name a checkpoint beside it, got {name[:80]!r}; load one of these by "
-            f"its path: {', '.join(others) or 'there is none'}"
+            f"{wrong}, which is itself a folder of checkpoints, as an engine saves them; pass {directory / name}"
         )
-    return directory / name
+    others = [path.name for path in _complete(directory)]
+    raise CheckpointError(f"{wrong}; load one of these by its path: {', '.join(others) or 'there is none'}")
 
 
 def read_index(folder: Path) -> dict[str, Any]:

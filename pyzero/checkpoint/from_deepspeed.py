@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from pyzero.checkpoint import deepspeed_files as files
 
-_T = TypeVar("_T")
+log = logging.getLogger("pyzero")
 
+_T = TypeVar("_T")
 
 # The keys that DeepSpeed's engine writes. All other keys are the caller's client_state.
 _ENGINE_KEYS = frozenset(
@@ -97,9 +99,12 @@ def _assemble(model: dict[str, Any], states: list[dict[str, Any]], folder: Path)
     _check_kind(states, folder)
     shapes = _item(model, "param_shapes", list, folder)
     config = model.get("ds_config")
+    params = dict(_params(states, shapes, folder))
+    module = {n: value for n, value in _item(model, "module", dict, folder).items() if isinstance(value, Tensor)}
+    _warn_of_other_masters(params, module, folder)
     return DeepSpeedCheckpoint(
-        params=dict(_params(states, shapes, folder)),
-        module={n: value for n, value in _item(model, "module", dict, folder).items() if isinstance(value, Tensor)},
+        params=params,
+        module=module,
         shared=dict(model.get("shared_params") or {}),
         groups=_groups(states[0], shapes, config if isinstance(config, dict) else {}),
         loss_scale=_loss_scale(states[0].get("loss_scaler")),
@@ -141,6 +146,18 @@ def _check_kind(states: Sequence[dict[str, Any]], folder: Path) -> None:
             )
 
 
+def _warn_of_other_masters(params: dict[str, dict[str, Tensor]], module: dict[str, Tensor], folder: Path) -> None:
+    """Warn if weights are not the rounded masters. A caller may have written weights alone, so this is no error."""
+    pairs = {name: (values["master"], module[name]) for name, values in params.items() if name in module}
+    other = [name for name, (master, weight) in pairs.items() if not torch.equal(master.to(weight.dtype), weight)]
+    if other:
+        log.warning(
+            "%d of %d weights in the model's file of %s are not the masters of the optimizer's files, %s first: the "
+            "files may be of two saves, if one was broken off; the masters are taken",
+            *(len(other), len(pairs), folder, other[0]),
+        )
+
+
 def _params(
     states: Sequence[dict[str, Any]], shapes: Sequence[Any], folder: Path
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -148,6 +165,12 @@ def _params(
     for index, shapes_of_group in enumerate(shapes):
         flats = [_flat_state(state, index, folder) for state in states]
         mappings = [_item(state, "param_slice_mappings", list, folder)[index] for state in states]
+        steps = {rank: float(flat["step"]) for rank, flat in enumerate(flats) if mappings[rank]}
+        if len(set(steps.values())) > 1:
+            raise ValueError(
+                f"expected the files of one save in {folder}, got these steps by rank: {steps}; copy the files of all "
+                f"ranks again, or load an earlier tag: a save over this one may have been broken off"
+            )
         for name, shape in shapes_of_group.items():
             fragments = [
                 (flat, vars(mapping[name])) for flat, mapping in zip(flats, mappings, strict=True) if name in mapping

@@ -15,9 +15,18 @@ from torch import Tensor, nn
 
 from pyzero.checkpoint import files
 from pyzero.checkpoint.agreement import run_on_all_ranks
-from pyzero.checkpoint.content import EXCLUDED, PARTS, check_parts, model_state, names_of, set_extra_state
+from pyzero.checkpoint.content import (
+    EXCLUDED,
+    PARTS,
+    check_parts,
+    comparable,
+    model_state,
+    names_of,
+    own_tensors,
+    set_extra_state,
+)
 from pyzero.checkpoint.files import CheckpointError
-from pyzero.checkpoint.saving import begin
+from pyzero.checkpoint.saving import begin, wait_for_saves
 from pyzero.gradients.hooks import trained
 from pyzero.optimizer import ZeroOptimizer
 from pyzero.rank_state.notes import RULE, SCALER
@@ -114,7 +123,7 @@ class _Load:
             self._optimizer.load_state_dict({"state": self._state, "param_groups": self._groups})
         with torch.no_grad():
             for name, value in self._others.items():
-                local_of(self._model_state[name]).copy_(local_of(value))
+                local_of(self._own[name]).copy_(local_of(value))
             if self._weights_only:  # no version counter shows a write through a DTensor's local tensor
                 for param, name in names_of(self._model, self._optimizer).items():
                     if name in self._others:
@@ -159,6 +168,7 @@ class _Load:
         self._directory = Path(self._given)
         if self._group.rank:
             return None
+        wait_for_saves()
         folder = files.find(self._directory)
         if folder is None:
             raise CheckpointError(
@@ -236,8 +246,15 @@ class _Load:
         by_param = names_of(self._model, self._optimizer)
         names = [by_param[param] for param in params]
         self._model_state, _ = model_state(self._model, self._optimizer)
+        self._own = own_tensors(self._model, self._optimizer, self._model_state)
         saved_names = {} if self._weights_only else self._saved_names(state["state"], params, names)
         others = self._untrained({names[number]: params[number] for number in saved_names})
+        self._report(
+            "tensors that the model's state_dict() makes anew, so that nothing can be loaded into them (register them "
+            "as buffers)",
+            [name for name in others if name not in self._own],
+        )
+        others = {name: value for name, value in others.items() if name in self._own}
         saved_name_of = {name: self._saved_name_of(name, value) for name, value in others.items()}
         like = {
             saved_name: state["state"][n][key]
@@ -285,7 +302,7 @@ class _Load:
         return {
             name: value
             for name, value in self._model_state.items()
-            if name not in trained and local_of(value).data_ptr() not in addresses
+            if name not in trained and local_of(self._own.get(name, value)).data_ptr() not in addresses
         }
 
     def _fitting(self, like: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -329,7 +346,7 @@ class _Load:
             if not all(self._optimizer._is_of_rule(index, of_group) for of_group in options):
                 self._problems.append(f"group {index} holds parameters of another update rule")
                 options = [of_group for of_group in options if self._optimizer._is_of_rule(index, of_group)]
-            if any(repr(other) != repr(options[0]) for other in options):
+            if any(comparable(other) != comparable(options[0]) for other in options):
                 self._problems.append(f"group {index} holds parameters of the saved groups {found}, which differ")
             matched.append({**group, **(options[0] if options else {})})
             if matched[-1].get(_DECOUPLED) != group.get(_DECOUPLED) and self._group.rank == 0:

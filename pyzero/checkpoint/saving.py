@@ -49,7 +49,7 @@ def save_checkpoint(
 
     Args:
         directory: A directory that all ranks see. The checkpoint gets its own folder in it. Only one job at a time may
-            save into it.
+            save into it, and only one optimizer: a save replaces that of another one of the same step.
         model: The model of the optimizer's parameters. Weights, the first rank's buffers and frozen parameters are
             saved.
         optimizer: Its masters, state, step counts, parameter groups and loss scale are saved.
@@ -59,6 +59,7 @@ def save_checkpoint(
         exclude_gradients: Save even if a backward has run since the last step(), without its gradients. They stay for
             the next step() of this run, as in torch.
         **extra: More data of this rank: tensors and plain data, such as state dicts of schedulers and dataloaders.
+            Numbers of numpy come back as Python's.
 
     Returns:
         The folder.
@@ -77,7 +78,7 @@ def save_checkpoint(
         return _content(model, optimizer, extra, exclude_frozen_parameters, exclude_gradients)
 
     writer = Writer(begin(optimizer), directory, step, keep, give)
-    return writer.run(lambda: wait([*_under_way]))  # other optimizers' saves may use the directory
+    return writer.run(wait_for_saves)
 
 
 def async_save_checkpoint(
@@ -93,7 +94,7 @@ def async_save_checkpoint(
 ) -> Future[Path]:
     """Save as save_checkpoint does, in a thread. Return once all is copied to host memory; training may then continue.
 
-    The optimizer's next save or load waits until this one is written, and so does the end of the program. Call
+    The next save or load in this process waits until this one is written, and so does the end of the program. Call
     `result()` before you destroy the process group.
 
     Returns:
@@ -117,6 +118,11 @@ def async_save_checkpoint(
     future.add_done_callback(_log_failure)
     _in_thread[optimizer] = future
     return future
+
+
+def wait_for_saves() -> None:
+    """Wait for all saves that threads of this process write: those of other optimizers may use the same directory."""
+    wait([*_under_way])
 
 
 def _run(writer: Writer, device: torch.device, future: Future[Path]) -> None:

@@ -55,9 +55,15 @@ class _ChecksummedFiles(FileSystem):
                 return
             found: dict[int, tuple[int, int]] = {}
             stream = ChecksummedStream(raw, found, self._progress)  # type: ignore[arg-type]
-            yield stream
-            stream.tell()
-            stream.close()
+            try:
+                yield stream
+                stream.tell()
+            except Exception:
+                if stream.error is not None:
+                    raise stream.error from None
+                raise
+            finally:
+                stream.close()
             self._crcs.update({(Path(path).name, offset): row for offset, row in found.items()})
 
 
@@ -66,8 +72,9 @@ class _AliasPlanner(DefaultSavePlanner):
 
     def lookup_object(self, index: MetadataIndex) -> Any:
         value = super().lookup_object(index)
-        is_part = isinstance(value, Tensor) and value.is_contiguous() and value.numel() > 0
-        return memory.alias(value.detach()) if is_part else value
+        if not isinstance(value, Tensor) or value.is_conj():  # DLPack cannot describe a conjugate view
+            return value
+        return memory.alias(value.detach()) if value.is_contiguous() and value.numel() > 0 else value
 
 
 class ChecksummedWriter(FileSystemWriter):

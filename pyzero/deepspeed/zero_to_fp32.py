@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pyzero.checkpoint import deepspeed_files, files, from_deepspeed
 from pyzero.checkpoint.convert import fp32_state_dict
-from pyzero.checkpoint.export import export_safetensors
+from pyzero.checkpoint.export import atomic_file, export_safetensors
 
 
 def get_fp32_state_dict_from_zero_checkpoint(
@@ -76,7 +76,8 @@ def convert_zero_checkpoint_to_fp32_state_dict(
     if safe_serialization:
         export_safetensors(weights, folder / "model.safetensors")
     else:
-        torch.save(weights, folder / "pytorch_model.bin")
+        with atomic_file(folder / "pytorch_model.bin") as file:
+            torch.save(weights, file)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from logs import logged
@@ -281,6 +282,31 @@ def test_what_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_numbers_of_numpy_are_plain_data(tmp_path):
+    """A schedule that calls numpy gives them as rates, and in its own state dict."""
+    model, optimizer = lone(tmp_path, lr=1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: np.cos(0.1 * step))
+    optimizer.step()
+    scheduler.step()
+    extra = {"schedule": scheduler.state_dict(), "best": (np.float32(0.5), [np.int64(3), np.bool_(True)])}
+    pyzero.save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=1, **extra)
+    optimizer.param_groups[0]["lr"] = 0.0
+    loaded = pyzero.load_checkpoint(tmp_path, model=model, optimizer=optimizer)
+    assert loaded["best"] == (0.5, [3, True]) and loaded["schedule"]["_last_lr"] == [np.cos(0.1)]
+    assert optimizer.param_groups[0]["lr"] == np.cos(0.1)
+
+
+def test_rates_that_differ_in_the_last_digits_are_told_apart(tmp_path):
+    """Tensors print four digits."""
+    model = nn.ModuleList([nn.Linear(3, 2), nn.Linear(3, 2)])
+    rates = [torch.tensor(1.23451e-4), torch.tensor(1.23452e-4)]
+    groups = [{"params": [*one.parameters()], "lr": lr} for one, lr in zip(model, rates, strict=True)]
+    pyzero.save_checkpoint(tmp_path, model=model, optimizer=pyzero.FusedZeroAdamW(groups), step=1)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters())
+    with pytest.raises(pyzero.CheckpointError, match=r"group 0 holds parameters of the saved groups \[0, 1\]"):
+        pyzero.load_checkpoint(tmp_path, model=model, optimizer=optimizer)
+
+
 @pytest.mark.parametrize(
     ("saved_by", "loaded_by", "said"),
     [
@@ -372,6 +398,45 @@ def test_tied_and_frozen_parameters_and_wrappers(tmp_path):
     assert other["embed"].weight is other["head"].weight
 
 
+class CopiedState(nn.Module):
+    """Its state dict has copies, as one that moves everything to the CPU, or makes the file smaller, or leaves out."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.trained, self.frozen = nn.Linear(3, 3), nn.Linear(3, 3).requires_grad_(False)
+        self.tied = nn.ParameterDict({"weight": self.trained.weight})
+        self.register_buffer("mean", torch.zeros(3))
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        state = super().state_dict(*args, **kwargs)
+        if self.how == "without":
+            return {name: value for name, value in state.items() if "trained" not in name}
+        return {
+            name: value.clone().to(torch.bfloat16 if self.how == "smaller" else None) for name, value in state.items()
+        }
+
+
+@pytest.mark.parametrize("how", ["copies", "smaller", "without"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_state_dict_of_copies_is_loaded_into_the_model(tmp_path, dtype, how):
+    model = CopiedState(how).to(dtype)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters())
+    model.trained(torch.ones(1, 3, dtype=dtype)).sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        model.mean.fill_(7.0)
+    pyzero.save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=1)
+    other = CopiedState(how).to(dtype)
+    resumed_optimizer = pyzero.FusedZeroAdamW(other.parameters())
+    pyzero.load_checkpoint(tmp_path, model=other, optimizer=resumed_optimizer)
+    assert torch.equal(other.mean, model.mean)
+    assert torch.equal(other.frozen.weight.bfloat16(), model.frozen.weight.bfloat16())
+    for mine, wanted in zip(other.trained.parameters(), model.trained.parameters(), strict=True):
+        assert torch.equal(mine, wanted)
+        assert torch.equal(resumed_optimizer.full_master(mine), optimizer.full_master(wanted))
+
+
 @pytest.mark.parametrize("how", ["parameter", "buffer", "unsaved"])
 def test_a_sparse_tensor_is_told_of_by_name(tmp_path, how):
     model = nn.Linear(3, 3)
@@ -389,6 +454,23 @@ def test_a_sparse_tensor_is_told_of_by_name(tmp_path, how):
         return
     with pytest.raises(pyzero.CheckpointError, match=r"got graph as torch.sparse_coo; .*persistent=False"):
         pyzero.save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=0)
+
+
+def test_a_quantized_buffer_is_told_of_by_name(tmp_path):
+    model = nn.Linear(3, 3)
+    model.register_buffer("table", torch.quantize_per_tensor(torch.ones(4), 0.5, 0, torch.qint8))
+    with pytest.raises(pyzero.CheckpointError, match=r"got table as torch.qint8; .*persistent=False"):
+        pyzero.save_checkpoint(tmp_path, model=model, optimizer=pyzero.FusedZeroAdamW(model.parameters()), step=0)
+
+
+def test_a_conjugate_view_is_saved(tmp_path):
+    model = nn.Linear(3, 3)
+    model.register_buffer("angles", torch.randn(5, dtype=torch.complex64).conj())
+    wanted, optimizer = model.angles.clone(), pyzero.FusedZeroAdamW(model.parameters())
+    pyzero.save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=0)
+    model.angles = torch.zeros(5, dtype=torch.complex64)
+    pyzero.load_checkpoint(tmp_path, model=model, optimizer=optimizer)
+    assert torch.equal(model.angles, wanted)
 
 
 def test_counters_of_the_loss_scale(tmp_path):

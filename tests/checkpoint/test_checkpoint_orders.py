@@ -6,6 +6,7 @@ import contextlib
 import copy
 import gc
 import io
+import os
 import subprocess
 import sys
 import threading
@@ -83,6 +84,49 @@ def test_a_save_waits_for_another_optimizers_into_the_same_directory(tmp_path, s
     pyzero.save_checkpoint(tmp_path, model=small, optimizer=optimizer, step=steps[1])
     assert first.result() == tmp_path / "step_1"
     assert pyzero.load_checkpoint(tmp_path, model=small, optimizer=optimizer)["step"] == steps[1]
+
+
+def built_anew(group: Any, path: Path) -> tuple[int, float]:
+    """What a run loads that begins again in its process, as after an error, while a save is under way."""
+    for value in (1.0, 2.0):
+        model = nn.ParameterList([nn.Parameter(torch.full((1 << 20,), value))])
+        optimizer = pyzero.FusedZeroAdamW(model.parameters(), process_group=group)
+        future = pyzero.async_save_checkpoint(path, model=model, optimizer=optimizer, step=int(value), keep=1)
+        if value == 1.0:
+            future.result()
+    model = nn.ParameterList([nn.Parameter(torch.zeros(1 << 20))])
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), process_group=group)
+    step = pyzero.load_checkpoint(path, model=model, optimizer=optimizer)["step"]
+    return step, float(model[0].min())
+
+
+@NUM_RANKS
+def test_a_load_waits_for_another_optimizers_save(ranks, tmp_path, size):
+    assert ranks.run(size, built_anew, tmp_path) == [(2, 2.0)] * size
+
+
+def test_the_latest_is_found_while_another_job_saves(tmp_path, monkeypatch):
+    """It replaces `latest` and removes the checkpoint before between two looks at the directory."""
+    model = nn.Linear(2, 2)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters())
+    pyzero.save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=2)
+    texts = ["step_1\n", "step_2\n", "step_2\n"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", lambda *args, **options: texts.pop(0))
+        assert pyzero.latest_checkpoint(tmp_path) == tmp_path / "step_2"
+    (tmp_path / "latest").write_text("step_1\n")
+    stat, seen = Path.stat, []
+
+    def stat_before_it_goes(path: Path, **options: Any) -> os.stat_result:
+        if path.name == files.INDEX and path.parent.name == "step_2":
+            seen.append(path)
+            if len(seen) > 1:
+                raise FileNotFoundError(2, "No such file or directory", str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", stat_before_it_goes)
+    with pytest.raises(pyzero.CheckpointError, match="got 'step_1'; load one of these by its path: there is none"):
+        pyzero.latest_checkpoint(tmp_path)
 
 
 LAST_LINE = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import tempfile
 import time
@@ -91,6 +92,20 @@ def test_the_last_step_is_the_name_in_latest(tmp_path, monkeypatch):
         save(tmp_path, 2)
     monkeypatch.undo()
     assert load(tmp_path) == 1 and checkpoint_files.find(tmp_path / "step_2") == tmp_path / "step_2"
+
+
+def test_a_disk_that_is_full_in_the_middle_of_a_tensor_is_told_of(tmp_path):
+    """As a system refuses to write beyond a size: torch reports where its archive would have gone on."""
+    model = nn.Linear(300, 300)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    try:
+        with pytest.raises(pyzero.CheckpointError, match="File too large"):
+            pyzero.save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
 
 
 def of_two_ranks(group: Any, directory: Path, fails_on: int) -> tuple[str, float]:

@@ -111,6 +111,12 @@ def test_latest_that_names_nothing_offers_what_there_is(copy):
     loads(copy)
 
 
+@pytest.mark.parametrize("text", ["step_" + 300 * "1", 300 * "x", "a\0b", "step_3/step_3", "."])
+def test_latest_that_can_be_no_name(copy, text):
+    (copy.parent / "latest").write_text(text)
+    assert "to name a checkpoint beside it, got" in refused(copy)
+
+
 # ---- enemies ---------------------------------------------------------------------------------------------------------
 
 

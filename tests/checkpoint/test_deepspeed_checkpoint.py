@@ -28,6 +28,7 @@ from deepspeed_case import (
     Model,
     mean_gradients,
 )
+from logs import logged
 from tolerances import ADAM
 
 import pyzero
@@ -330,10 +331,17 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
+def overwrite(path: Path, found: bytes, by: bytes) -> None:
+    data = path.read_bytes()
+    assert found in data
+    path.write_bytes(data.replace(found, by, 1))
+
+
 DAMAGES = {
     "truncated": lambda folder: os.truncate(folder / OPTIM_FILE, 3000),
     "empty": lambda folder: os.truncate(folder / OPTIM_FILE, 0),
     "flipped": lambda folder: flip_a_bit(folder / OPTIM_FILE),
+    "another directory": lambda folder: overwrite(folder / OPTIM_FILE, b"PK\1\2", b"PK\1\3"),
 }
 
 
@@ -342,6 +350,13 @@ def test_a_damaged_file_is_named(folder, damage):
     DAMAGES[damage](folder)
     with pytest.raises(ValueError, match=f"expected a whole file of torch.save, got .*{Path(OPTIM_FILE).name}"):
         deepspeed_checkpoint.read(folder)
+
+
+def make_universal(folder: Path) -> None:
+    """As ds_to_universal.py does, in which each parameter has a folder."""
+    for path in folder.glob("*_optim_states.pt"):
+        path.unlink()
+    (folder / "zero" / "embedding.weight").mkdir(parents=True)
 
 
 MISFITS = {
@@ -361,7 +376,11 @@ MISFITS = {
     r"expected \d+ values of master of \S+": lambda folder: shutil.copy(
         folder / OPTIM_FILE.replace("rank_1_mp", "rank_0_mp"), folder / OPTIM_FILE
     ),
+    r"a universal checkpoint in .* the tag that it was made from": lambda folder: make_universal(folder / "saved"),
     r"latest, which names the newest": lambda folder: (folder / "latest").unlink(),
+    r"the files of one save in .*, got these steps by rank: {0: 2.0, 1: 5.0}": lambda folder: shutil.copy(
+        folder / OPTIM_FILE.replace("saved", "later"), folder / OPTIM_FILE
+    ),
 }
 
 
@@ -378,6 +397,23 @@ def test_a_folder_of_our_own_needs_no_conversion(tmp_path, capsys):
     engine.save_checkpoint(tmp_path / "saved")
     assert main(["import-deepspeed", str(tmp_path / "saved"), str(tmp_path / "ours")]) == 1
     assert "got pyzero's own checkpoint, which needs no conversion; pass" in capsys.readouterr().err
+
+
+def test_a_model_file_of_another_save_is_told_of(folder):
+    with logged() as lines:
+        deepspeed_checkpoint.read(folder)
+        assert not lines
+        shutil.copy(folder / MODEL_FILE.replace("saved", "later"), folder / MODEL_FILE)
+        deepspeed_checkpoint.read(folder)
+    (line,) = lines
+    assert "are not the masters of the optimizer's files, embedding.weight first" in line
+
+
+def test_deepspeeds_own_folder_takes_no_checkpoint_of_ours(folder):
+    """Whose `latest` would be lost."""
+    with pytest.raises(ValueError, match="expected a folder for the new checkpoint other than .*, got the same"):
+        convert.import_deepspeed(folder, folder / "saved" / "..")
+    assert (folder / "latest").read_text() == "saved" and not [*folder.glob("step_*")]
 
 
 def test_a_folder_that_is_none(tmp_path, capsys):

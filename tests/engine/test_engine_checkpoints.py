@@ -229,7 +229,11 @@ def test_where_there_is_none(ranks, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "tag", ["../up", "a/../b", "/a", "a/", "a//b", "a/.b", "a/latest", "a/step_3", ".hidden", "", "a\nb", "latest"]
+    "tag",
+    [
+        *("../up", "a/../b", "/a", "a/", "a//b", "a/.b", "a/latest", "a/step_3", ".hidden", "", "a\nb", "latest"),
+        *("a ", " a", "a/b\t", "a\rb", "a\u2028", "\udc80"),  # as read from `latest`, they would be others
+    ],
 )
 def test_tags_that_name_no_folder(tmp_path, tag):
     engine = start(2, "fp32")
@@ -434,6 +438,19 @@ def test_of_pyzeros_own_save(tmp_path):
     assert other.load_checkpoint(tmp_path, tag="tag") == (str(tmp_path / "tag"), {})
     assert (other.global_steps, other.lr_scheduler.last_epoch) == (2, 0)
     assert torch.equal(other.module[3].weight, saved.module[3].weight)
+
+
+def test_pyzeros_own_load_says_where_the_engines_checkpoint_is(tmp_path):
+    engine = start(2, "bf16")
+    engine.save_checkpoint(tmp_path, tag="run/best")
+    with pytest.raises(
+        pyzero.CheckpointError, match=r"got 'run/best', which .* as an engine saves them; pass .*/run/best$"
+    ):
+        pyzero.load_checkpoint(tmp_path, model=engine.module, optimizer=engine.optimizer)
+    assert pyzero.load_checkpoint(tmp_path / "run/best", model=engine.module, optimizer=engine.optimizer)["step"] == 0
+    (tmp_path / "latest").write_text("../" + tmp_path.name + "/run/best")
+    with pytest.raises(pyzero.CheckpointError, match="by its path: there is none$"):
+        pyzero.load_checkpoint(tmp_path, model=engine.module, optimizer=engine.optimizer)
 
 
 def test_frozen_parameters_may_be_left_out(tmp_path):

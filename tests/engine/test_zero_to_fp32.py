@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,30 @@ def test_of_deepspeed(tmp_path: Path):
     assert found.keys() == theirs.module.keys()
     for name, values in theirs.params.items():
         assert torch.equal(found[name], values["master"])
+
+
+def cut_short(value: Any, file: Any) -> None:
+    """Write as torch.save does on a disk that becomes full."""
+    with open(file, "wb") if isinstance(file, Path) else nullcontext(file) as opened:
+        opened.write(b"PK")
+        raise OSError("No space left on device")
+
+
+def test_a_write_that_is_broken_off_leaves_the_file_before(tmp_path, monkeypatch):
+    config = {"train_micro_batch_size_per_gpu": 2, "optimizer": {"type": "Adam"}}
+    engine = pyzero.initialize(model=build(), config=config)[0]
+    engine.save_checkpoint(tmp_path)
+    engine.save_16bit_model(tmp_path / "16bit", "model.bin")
+    zero_to_fp32.convert_zero_checkpoint_to_fp32_state_dict(tmp_path, tmp_path / "fp32")
+    monkeypatch.setattr(torch, "save", cut_short)
+    with pytest.raises(OSError, match="No space"):
+        engine.save_16bit_model(tmp_path / "16bit", "model.bin")
+    with pytest.raises(OSError, match="No space"):
+        zero_to_fp32.convert_zero_checkpoint_to_fp32_state_dict(tmp_path, tmp_path / "fp32")
+    monkeypatch.undo()
+    for path in (tmp_path / "16bit" / "model.bin", tmp_path / "fp32" / "pytorch_model.bin"):
+        assert torch.load(path).keys() == engine.module.state_dict().keys()
+        assert [*path.parent.iterdir()] == [path]
 
 
 def test_what_there_is_not(tmp_path):

@@ -30,7 +30,7 @@ from pyzero.sharding.local_param import shard_of
 log = logging.getLogger("pyzero")
 
 _THEIRS = "*mp_rank_*_states.pt"  # files that DeepSpeed writes into a checkpoint's folder
-_TAG_PART = re.compile(r"(?!\.|latest$)[^/\\\0\n]+")
+_TAG_PART = re.compile(r"(?!\.|latest$)[^/\\\0\n\r\ud800-\udfff]+")
 _OWN_FOLDER = re.compile(r"step_\d+(\.\d+)?")  # in the folder of a tag
 _COUNTERS = ("global_steps", "global_samples")
 _SCRIPT = """\
@@ -279,11 +279,11 @@ def _finish(folder: Path, name: str, is_latest: bool) -> None:
 
 def _checked(tag: str) -> str:
     first, *others = tag.split("/")
-    are_names = all(_TAG_PART.fullmatch(part) for part in (first, *others))
+    are_names = all(_TAG_PART.fullmatch(part) for part in (first, *others)) and tag == tag.strip()
     if not are_names or any(_OWN_FOLDER.fullmatch(part) for part in others):
         raise ValueError(
-            f"expected a tag that can name a folder, got {tag!r}; leave out leading dots, {files.LATEST!r}, which is a "
-            f"file, and step_ and a number after a slash, which a checkpoint's own folders are called"
+            f"expected a tag that can name a folder, got {tag!r}; leave out leading dots, spaces at the ends, "
+            f"{files.LATEST!r}, which is a file, and step_ with a number after a slash, as a checkpoint's own folders"
         )
     return tag
 

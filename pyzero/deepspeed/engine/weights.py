@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from pyzero.checkpoint.export import atomic_file
 from pyzero.optimizer import ZeroOptimizer
 from pyzero.sharding.fsdp import reshard
 from pyzero.sharding.local_param import whole_of
@@ -43,7 +44,8 @@ class EngineWeights:
         if self.rank == 0:
             folder = Path(save_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            torch.save(state, folder / save_filename)
+            with atomic_file(folder / save_filename) as file:
+                torch.save(state, file)
         return True
 
     def _whole_weights(self) -> dict[str, Any]:
