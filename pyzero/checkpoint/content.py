@@ -17,7 +17,7 @@ from pyzero.optimizer import ZeroOptimizer
 from pyzero.rank_state.notes import RULE, SCALER, ZERO
 from pyzero.sharding.buckets import MASTER
 from pyzero.sharding.fsdp import reshard
-from pyzero.sharding.local_param import is_dtensor, local_of
+from pyzero.sharding.local_param import box_of, is_dtensor, local_of
 
 EXCLUDED = "excluded"  # in common.pt: names of frozen parameters that were left out
 PARTS = "parts"  # in common.pt: over how many model-parallel ranks layers split weights; 0: weights are whole
@@ -99,14 +99,29 @@ def _own_buffers(model: nn.Module) -> set[str]:
 
 
 def model_state(model: nn.Module, optimizer: ZeroOptimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the model's parameters and buffers by name, not copied, and the extra state of its modules."""
+    """Return the model's parameters and buffers by name, not copied, and the extra state of its modules.
+
+    Raises:
+        CheckpointError: A rank's part of a DTensor is several boxes.
+    """
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
     state: dict[str, Any] = get_model_state_dict(model)
     suffix = _EXTRA_STATE_KEY_SUFFIX
     extra = {n: v for n, v in state.items() if not torch.is_tensor(v) or n.split(".")[-1] == suffix}
     parts = _parts(model, optimizer)
-    return {parts.get(name, name): value for name, value in state.items() if name not in extra}, extra
+    tensors = {parts.get(name, name): value for name, value in state.items() if name not in extra}
+    _check_boxes(tensors)
+    return tensors, extra
+
+
+def _check_boxes(tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if is_dtensor(tensor):
+            try:
+                box_of(tensor)
+            except ValueError as error:
+                raise CheckpointError(f"{name} fits no checkpoint: {error}") from None
 
 
 def set_extra_state(model: nn.Module, state: dict[str, Any]) -> None:
@@ -144,6 +159,7 @@ class Part:
 def collect(model: nn.Module, optimizer: ZeroOptimizer, extra: dict[str, Any], excludes_frozen: bool) -> Content:
     """Return all that this rank saves, not copied. excludes_frozen: Leave out parameters that are not trained."""
     names = names_of(model, optimizer)
+    tensors, others = model_state(model, optimizer)
     state = optimizer.state_dict()
     params = [param for group in optimizer.param_groups for param in group["params"]]
     groups = [
@@ -157,7 +173,6 @@ def collect(model: nn.Module, optimizer: ZeroOptimizer, extra: dict[str, Any], e
     for param, name in names.items():
         if param.dtype == torch.float32 and name in values:
             del values[name][MASTER]  # an fp32 weight is its own master
-    tensors, others = model_state(model, optimizer)
     index = optimizer.model_parallel_rank
     owned = list(names.values())
     if index is not None:
