@@ -212,7 +212,7 @@ def join(parts: list[Part]) -> dict[str, Any]:
     """Return Content.common of the whole model, from every rank's part. Parts with the same index are equal.
 
     Raises:
-        ValueError: Two parts own parameters with the same name.
+        ValueError: Two parts own parameters with the same name, or none owns a parameter.
     """
     by_index = {part.index: part for part in reversed(parts)}
     owner: dict[str, int] = {}
@@ -235,6 +235,15 @@ def join(parts: list[Part]) -> dict[str, Any]:
             mine = {key: value for key, value in group.items() if key != "param_names"}
             _add_group(
                 joined["param_groups"], {**mine, "params": [n for n in group["params"] if owner.get(n) == index]}
+            )
+    for index, part in sorted(by_index.items()):
+        lent = [name for group in part.common["param_groups"] for name in group["params"] if name not in owner]
+        if lent:
+            raise ValueError(
+                f"expected each parameter marked .model_parallel where a part of the model alone has it, got {lent[0]} "
+                f"without on rank {index} of model_parallel_group, and nowhere else; mark it. If it is a copy of an "
+                f"earlier stage's weight (sum_tied_grads), let this stage keep the layer that the weight is named "
+                f"after, as in head.weight = embedding.weight: the copies are saved once, under one name"
             )
     return joined
 
