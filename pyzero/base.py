@@ -57,11 +57,14 @@ class ZeroBase(Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The groups, as in torch. For reduced gradients torch.amp.GradScaler gets a proxy; see gradients/amp.py."""
-        if amp.grad_scaler_is_asking() and self._gradients.reduces:
+        """The groups, as in torch. On several ranks torch.amp.GradScaler gets stand-ins; see gradients/amp.py."""
+        if amp.grad_scaler_is_asking() and (self._gradients.reduces or self._topology.model_dims):
             self._place_unfrozen("unscale_ of GradScaler")
             with torch.no_grad():
-                return self._grad_scaler_proxy.groups(self._collect("unscale_ of GradScaler").found_inf)
+                found_inf = self._collect("unscale_ of GradScaler").found_inf
+                if self._gradients.reduces:
+                    return self._grad_scaler_proxy.groups(found_inf)
+                return amp.with_flag((param.grad for param in self._param_buckets.params), found_inf)
         return self._param_groups
 
     @param_groups.setter

@@ -17,7 +17,7 @@ from pyzero.optimizer import ZeroOptimizer
 from pyzero.rank_state.notes import RULE, SCALER, ZERO
 from pyzero.sharding.buckets import MASTER
 from pyzero.sharding.fsdp import reshard
-from pyzero.sharding.local_param import is_dtensor, local_of
+from pyzero.sharding.local_param import box_of, is_dtensor, local_of
 
 EXCLUDED = "excluded"  # in common.pt: names of frozen parameters that were left out
 PARTS = "parts"  # in common.pt: over how many model-parallel ranks layers split weights; 0: weights are whole
@@ -99,14 +99,29 @@ def _own_buffers(model: nn.Module) -> set[str]:
 
 
 def model_state(model: nn.Module, optimizer: ZeroOptimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the model's parameters and buffers by name, not copied, and the extra state of its modules."""
+    """Return the model's parameters and buffers by name, not copied, and the extra state of its modules.
+
+    Raises:
+        CheckpointError: A rank's part of a DTensor is several boxes.
+    """
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
     state: dict[str, Any] = get_model_state_dict(model)
     suffix = _EXTRA_STATE_KEY_SUFFIX
     extra = {n: v for n, v in state.items() if not torch.is_tensor(v) or n.split(".")[-1] == suffix}
     parts = _parts(model, optimizer)
-    return {parts.get(name, name): value for name, value in state.items() if name not in extra}, extra
+    tensors = {parts.get(name, name): value for name, value in state.items() if name not in extra}
+    _check_boxes(tensors)
+    return tensors, extra
+
+
+def _check_boxes(tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if is_dtensor(tensor):
+            try:
+                box_of(tensor)
+            except ValueError as error:
+                raise CheckpointError(f"{name} fits no checkpoint: {error}") from None
 
 
 def own_tensors(model: nn.Module, optimizer: ZeroOptimizer, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -164,6 +179,7 @@ class Part:
 def collect(model: nn.Module, optimizer: ZeroOptimizer, extra: dict[str, Any], excludes_frozen: bool) -> Content:
     """Return all that this rank saves, not copied. excludes_frozen: Leave out parameters that are not trained."""
     names = names_of(model, optimizer)
+    tensors, others = model_state(model, optimizer)
     state = optimizer.state_dict()
     params = [param for group in optimizer.param_groups for param in group["params"]]
     groups = [
@@ -174,7 +190,6 @@ def collect(model: nn.Module, optimizer: ZeroOptimizer, extra: dict[str, Any], e
         for group in state["param_groups"]
     ]
     values = {names[params[i]]: dict(of_param) for i, of_param in state["state"].items()}
-    tensors, others = model_state(model, optimizer)
     for param, name in names.items():
         has_master = param.dtype == torch.float32 and name in values
         if has_master and name in tensors and _is_in_place(tensors[name], param):  # not a copy, which may be rounded
@@ -220,7 +235,7 @@ def join(parts: list[Part]) -> dict[str, Any]:
     """Return Content.common of the whole model, from every rank's part. Parts with the same index are equal.
 
     Raises:
-        ValueError: Two parts own parameters with the same name.
+        ValueError: Two parts own parameters with the same name, or none owns a parameter.
     """
     by_index = {part.index: part for part in reversed(parts)}
     owner: dict[str, int] = {}
@@ -243,6 +258,15 @@ def join(parts: list[Part]) -> dict[str, Any]:
             mine = {key: value for key, value in group.items() if key != "param_names"}
             _add_group(
                 joined["param_groups"], {**mine, "params": [n for n in group["params"] if owner.get(n) == index]}
+            )
+    for index, part in sorted(by_index.items()):
+        lent = [name for group in part.common["param_groups"] for name in group["params"] if name not in owner]
+        if lent:
+            raise ValueError(
+                f"expected each parameter marked .model_parallel where a part of the model alone has it, got {lent[0]} "
+                f"without on rank {index} of model_parallel_group, and nowhere else; mark it. If it is a copy of an "
+                f"earlier stage's weight (sum_tied_grads), let this stage keep the layer that the weight is named "
+                f"after, as in head.weight = embedding.weight: the copies are saved once, under one name"
             )
     return joined
 

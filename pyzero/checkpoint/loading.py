@@ -241,11 +241,11 @@ class _Load:
 
     def _plan(self) -> dict[str, Tensor]:
         """Return host memory for all that is to be read, by name in the checkpoint. Report misfits in `_problems`."""
+        self._model_state, _ = model_state(self._model, self._optimizer)
         state = self._optimizer.state_dict()
         params = [param for group in self._optimizer.param_groups for param in group["params"]]
         by_param = names_of(self._model, self._optimizer)
         names = [by_param[param] for param in params]
-        self._model_state, _ = model_state(self._model, self._optimizer)
         self._own = own_tensors(self._model, self._optimizer, self._model_state)
         saved_names = {} if self._weights_only else self._saved_names(state["state"], params, names)
         others = self._untrained({names[number]: params[number] for number in saved_names})

@@ -1,9 +1,14 @@
-"""Support for torch.amp.GradScaler. It cannot see sharded gradients, so one stand-in parameter answers for all."""
+"""Support for torch.amp.GradScaler. It cannot see sharded gradients, so one stand-in parameter answers for all.
+
+If each rank has whole gradients of a part of the model, GradScaler unscales these, and one more stand-in says whether
+the gradients of any part have overflowed: torch would tell only the part's own ranks, and cannot mix meshes.
+"""
 
 from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -22,6 +27,20 @@ def grad_scaler_is_asking() -> bool:
 def lightning_is_asking() -> bool:
     """Whether the caller was called by Lightning, which refuses to clip for optimizers that unscale."""
     return sys._getframe(2).f_code.co_name == _LIGHTNING
+
+
+def with_flag(grads: Iterable[Tensor | None], found_inf: Tensor) -> list[dict[str, Any]]:
+    """Return parameter groups for GradScaler, with these gradients and one that is inf if any rank has overflowed.
+
+    found_inf: (1,) fp32.
+    """
+    flag = torch.ones_like(found_inf).masked_fill_(found_inf != 0, math.inf)
+    params = []
+    for grad in (flag, *grads):
+        if grad is not None:
+            params.append(grad.detach())
+            params[-1].grad = grad  # GradScaler writes to it in place
+    return [{"params": params}]
 
 
 class GradScalerProxy:

@@ -146,7 +146,8 @@ class GradStatsExchange:
         self._may_warn = group.rank == 0
         self._group = group
         self._model_groups = model_groups
-        self.is_alone = group.size == 1 and not model_groups  # nothing is sent
+        self.has_parts = bool(model_groups)  # other ranks hold other parts of the model
+        self.is_alone = group.size == 1 and not self.has_parts  # nothing is sent
 
     def name_of(self, number: int) -> str:
         """Return a parameter's name for messages, by its number."""

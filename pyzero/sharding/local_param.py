@@ -6,6 +6,7 @@ local tensor, which FSDP or the caller may replace. Writing its `.grad` writes t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -35,11 +36,35 @@ def local_of(tensor: Any) -> Tensor:
 
 
 def box_of(dtensor: Any) -> tuple[torch.Size, torch.Size]:
-    """Return (shape, offsets) of this rank's part of a DTensor."""
+    """Return (shape, offsets) of this rank's part of a DTensor.
+
+    Raises:
+        ValueError: Its part is several boxes, as of a fused weight.
+    """
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+    if is_interleaved(dtensor):
+        raise ValueError(
+            f"expected DTensors of which each rank has one box, got one of shape {tuple(dtensor.shape)} and placements "
+            f"{dtensor.placements}, of which each has several, as of a fused weight; save "
+            f"optimizer.full_state_dict() and whole weights (full_tensor()), or split that weight by Shard()"
+        )
     shape, offsets = compute_local_shape_and_global_offset(dtensor.shape, dtensor.device_mesh, dtensor.placements)
     return torch.Size(shape), torch.Size(offsets)
+
+
+def is_interleaved(dtensor: Any) -> bool:
+    """Whether a rank's part of a DTensor is several boxes, which other ranks' parts lie between.
+
+    fully_shard strides its cut over one of tensor parallelism, so that both cuts together give one box.
+    """
+    mesh, placements = dtensor.device_mesh, dtensor.placements
+    for index, placement in enumerate(placements):
+        if type(placement).__name__ == "_StridedShard":
+            inner = (i for i in range(index + 1, mesh.ndim) if getattr(placements[i], "dim", None) == placement.dim)
+            if placement.split_factor != math.prod(mesh.size(i) for i in inner):
+                return True
+    return False
 
 
 def is_same_part(tensor: Any, ranks: Sequence[int]) -> bool:
@@ -86,6 +111,11 @@ def part_of(value: Any, param: Any) -> Tensor:
         value = value.full_tensor()
     if not is_dtensor(param):
         return value  # type: ignore[no-any-return]
+    if is_interleaved(param):
+        from torch.distributed.tensor import distribute_tensor
+
+        # Without a source rank each rank cuts its own values, and nothing is sent.
+        return local_of(distribute_tensor(value.detach(), param.device_mesh, param.placements, src_data_rank=None))
     shape, offsets = box_of(param)
     part: Tensor = value[tuple(slice(low, low + size) for low, size in zip(offsets, shape, strict=True))]
     return part

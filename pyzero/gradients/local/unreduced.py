@@ -296,6 +296,8 @@ class UnreducedGradients(Gradients):
     def _multiply(self, factor: Tensor) -> None:
         self._check_clip()
         self._deferred_clip.multiply(factor, self._params(), self._sumsq_of_all())
+        if self._stats_exchange.has_parts:  # one part may have to apply it before a step, and the norm is of all
+            self._deferred_clip.apply()
         self._watch()  # the next backward must not add to a gradient before the factor is applied
 
     def factor(self) -> Tensor | None:
