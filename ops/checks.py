@@ -164,13 +164,12 @@ def is_vector(tensor: Tensor, dtype: torch.dtype, numel: int, device: torch.devi
     return fits
 
 
-def check_one(name: str, tensor: Tensor | None, dtypes: Sequence[torch.dtype], device: torch.device) -> None:
-    """Raise unless it is None, or a tensor of one element in memory, of one of the dtypes, on the device."""
+def check_one(name: str, tensor: Tensor | None, dtypes: Sequence[torch.dtype], device: torch.device) -> int:
+    """Return its address, 0 for None. Raise unless it has one element in memory, one of the dtypes, and the device."""
     if tensor is None:
-        return
+        return 0
     if isinstance(tensor, Tensor) and tensor.dtype in dtypes and tensor.numel() == 1 and tensor.device == device:
-        address_of(tensor)
-        return
+        return address_of(tensor)
     check_dtype(name, tensor, dtypes, "make it with torch.zeros(1)")
     check_device(name, tensor, device)
     raise ValueError(f"expected {name} to have 1 element, got shape {tuple(tensor.shape)}; make it with torch.zeros(1)")
@@ -178,9 +177,9 @@ def check_one(name: str, tensor: Tensor | None, dtypes: Sequence[torch.dtype], d
 
 def check_grad_stats(found_inf: Tensor | None, sumsq: Tensor | None, device: torch.device) -> None:
     """Check the two outputs of a pass over gradients."""
-    check_one("found_inf", found_inf, FLAG_DTYPES, device)
-    check_one("sumsq", sumsq, SUMSQ_DTYPES, device)
-    if found_inf is not None and sumsq is not None and abs(found_inf.data_ptr() - sumsq.data_ptr()) < 8:
+    flag = check_one("found_inf", found_inf, FLAG_DTYPES, device)
+    total = check_one("sumsq", sumsq, SUMSQ_DTYPES, device)
+    if found_inf is not None and sumsq is not None and abs(flag - total) < 8:
         check_disjoint([("found_inf", found_inf), ("sumsq", sumsq)])
 
 

@@ -1,5 +1,7 @@
 """The checks of adam_, lion_ and sgd_ for a flat shard: its tensors, its gradients, its segments."""
 
+import functools
+import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -32,6 +34,9 @@ from pyzero.ops.rows import (
 
 LARGEST = torch.finfo(torch.float32).max  # of the numbers of an update, all of which are rounded to fp32
 _MAX_STEP = 2**31 - 1  # all backends hold it as an int32
+
+# By the id of a CPU's segment_ids that have been read: the tensor, its version then, and how many segments they fit.
+_fitting: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}
 
 
 def as_lr(lr: Scalar, device: torch.device) -> Scalar:
@@ -209,6 +214,9 @@ def _check_segment_ids(segment_ids: Tensor, master: Tensor) -> None:
 
 def _check_ids(segment_ids: Tensor, num_segments: int) -> None:
     """Raise if an id has no segment. Those on a GPU are not read, because the host would wait for it."""
+    known = _fitting.get(id(segment_ids))
+    if known and known[0]() is segment_ids and known[1] == segment_ids._version and known[2] <= num_segments:
+        return
     if not segment_ids.numel():
         return
     if not num_segments:
@@ -222,6 +230,9 @@ def _check_ids(segment_ids: Tensor, num_segments: int) -> None:
             f"expected segment_ids from 0 to {num_segments - 1}, for {num_segments} segments, got {wrong}; correct "
             f"them, or pass a longer step and active"
         )
+    if not segment_ids.is_inference():  # these have no version
+        gone = functools.partial(_fitting.pop, id(segment_ids), None)
+        _fitting[id(segment_ids)] = weakref.ref(segment_ids, lambda _: gone()), segment_ids._version, num_segments
 
 
 def _explain(names: Sequence[str], tensors: Sequence[Tensor], num_states: int, is_aligned: bool, backend: str) -> bytes:

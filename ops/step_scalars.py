@@ -14,7 +14,6 @@ from pyzero.ops.checks import (
     check_dtype,
     check_flat,
     check_tensor,
-    is_vector,
 )
 from pyzero.ops.rows import APART, address_of, checked_rows
 
@@ -67,13 +66,9 @@ def step_scalars_(
         raise ValueError(f"expected max_norm from 0, got {max_norm}; pass None not to clip")
     check_tensor("steps", steps)
     num_params = steps.numel()
-    for name, tensor, numel in (("out", out, NUM_SCALARS), ("steps", steps, num_params), ("used", used, num_params)):
-        if not is_vector(tensor, torch.float32, numel, device):
-            check_dtype(name, tensor, FLAG_DTYPES, "make it with dtype=torch.float32")
-            check_flat(name, tensor, numel=numel)
-            check_device(name, tensor, device)
-    if checked_rows((out, steps, used), rules=APART) is None:
-        check_disjoint((("out", out), ("steps", steps), ("used", used)))
+    fits = checked_rows((out, steps, used), 3, APART) is not None and steps.device == device
+    if not fits or out.shape != (NUM_SCALARS,) or steps.dim() != 1 or steps.shape != used.shape:
+        _explain(("out", out, NUM_SCALARS), ("steps", steps, num_params), ("used", used, num_params), device=device)
     args = StepScalarsArgs(
         out=out,
         stats=stats,
@@ -84,3 +79,13 @@ def step_scalars_(
         used=used,
     )
     registry.pick("step_scalars_", backend, device).step_scalars_(args)
+
+
+def _explain(*named: tuple[str, Tensor, int], device: torch.device) -> None:
+    """Raise for what is wrong with flat fp32 tensors of these lengths on the device, which must not overlap."""
+    for name, tensor, numel in named:
+        check_dtype(name, tensor, FLAG_DTYPES, "make it with dtype=torch.float32")
+        check_flat(name, tensor, numel=numel)
+        check_device(name, tensor, device)
+        address_of(tensor)
+    check_disjoint((name, tensor) for name, tensor, _ in named)
