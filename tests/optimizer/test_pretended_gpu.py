@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import traceback
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pretended_gpu
@@ -34,33 +35,42 @@ CASES: dict[str, dict[str, Any]] = {
     "accumulation": {"dtype": torch.bfloat16, "num_backwards": 2},
     "clip": {"dtype": torch.bfloat16, "clips": True},
     "skip": {"dtype": torch.bfloat16, "overflows": True},
+    "resumed": {"dtype": torch.bfloat16, "resumes": True},
     "Lion": {"dtype": torch.bfloat16, "optimizer": pyzero.FusedZeroLion},
     "SGD": {"dtype": torch.bfloat16, "optimizer": pyzero.FusedZeroSGD, "momentum": 0.9},
     "LAMB": {"dtype": torch.bfloat16, "optimizer": pyzero.ZeroLamb},
 }
 
 
-def train(group: Any, device: str, case: dict[str, Any]) -> tuple[list[Tensor], list[str]]:
-    """Return the weights, and where the host waited for the GPU after the first step."""
-    options = {**case}
+def start(group: Any, device: str, dtype: torch.dtype, optimizer: Any = pyzero.FusedZeroAdamW, **options: Any) -> Any:
+    model = build(dtype).to(device)
+    return model, optimizer(model.parameters(), lr=1e-2, process_group=group, backend="reference", **options)
+
+
+def train(group: Any, device: str, name: str, folder: Path) -> tuple[list[Tensor], list[str]]:
+    """Return the weights, and where the host waited for the GPU in all steps but an optimizer's first."""
+    options = {**CASES[name]}
     num_backwards, clips = options.pop("num_backwards", 1), options.pop("clips", False)
-    overflows = options.pop("overflows", False)
-    model = build(options.pop("dtype")).to(device)
-    optimizer = options.pop("optimizer", pyzero.FusedZeroAdamW)(
-        model.parameters(), lr=1e-2, process_group=group, backend="reference", **options
-    )
+    overflows, resumes = options.pop("overflows", False), options.pop("resumes", False)
+    model, optimizer = start(group, device, **options)
     waits: list[str] = []
     for step in range(NUM_STEPS):
+        is_first = step == 0 or (resumes and step == 2)  # of an optimizer, whose buckets move at its end
+        if is_first and step > 0:
+            place = folder / f"{device}, {group.size()} ranks"
+            pyzero.save_checkpoint(place, model=model, optimizer=optimizer, step=step)
+            model, optimizer = start(group, device, **options)
+            pyzero.load_checkpoint(place, model=model, optimizer=optimizer)
         numbers = [group.rank() * num_backwards + micro for micro in range(num_backwards)]
         losses = [loss_of(model, micro_batch(step, number).to(device)) for number in numbers]
-        pretended_gpu.waits.clear()
+        pretended_gpu.waits.clear()  # of what goes before
         for loss in losses:
             optimizer.backward(loss * float("inf") if overflows and step == 1 else loss)
         if clips:
             optimizer.clip_grad_norm_(0.1)
         optimizer.step()
         optimizer.zero_grad()
-        waits += pretended_gpu.waits if step > 0 else []
+        waits += [] if is_first else pretended_gpu.waits
     assert optimizer.skipped_steps == overflows
     assert all(str(param.device) == device for param in model.parameters())
     return [param.cpu() for param in params_of(model)], waits
@@ -80,21 +90,21 @@ def show_that_it_can_fail() -> tuple[str, int]:
     return said, len(pretended_gpu.waits)
 
 
-def on_cpu(group: Any, name: str) -> list[Tensor]:
-    return train(group, "cpu", CASES[name])[0]
+def on_cpu(group: Any, name: str, folder: Path) -> list[Tensor]:
+    return train(group, "cpu", name, folder)[0]
 
 
-def serve(rank: int, store: str, outbox: Any) -> None:
+def serve(rank: int, folder: Path, outbox: Any) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     groups = {size: dist.new_group(list(range(size)), timeout=timedelta(seconds=TIMEOUT_S)) for size in (1, 2)}
     pretended_gpu.install()
     if rank == 0:
         outbox.put(("can fail", True, show_that_it_can_fail()))
     for size, group in groups.items():
-        for name, case in CASES.items() if rank < size else ():
+        for name in CASES if rank < size else ():
             try:
-                outbox.put(((rank, size, name), True, train(group, "cuda:0", case)))
+                outbox.put(((rank, size, name), True, train(group, "cuda:0", name, folder)))
             except Exception:
                 outbox.put(((rank, size, name), False, traceback.format_exc()))
     dist.destroy_process_group()
@@ -104,8 +114,8 @@ def serve(rank: int, store: str, outbox: Any) -> None:
 def on_gpu(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     """What two processes with a pretended GPU return, by rank, number of ranks and case."""
     context = multiprocessing.get_context("spawn")
-    outbox, store = context.Queue(), str(tmp_path_factory.mktemp("store") / "store")
-    processes = [context.Process(target=serve, args=(rank, store, outbox), daemon=True) for rank in range(2)]
+    outbox, folder = context.Queue(), tmp_path_factory.mktemp("pretended")
+    processes = [context.Process(target=serve, args=(rank, folder, outbox), daemon=True) for rank in range(2)]
     for process in processes:
         process.start()
     try:
@@ -124,8 +134,8 @@ def test_the_pretended_gpu_can_fail(on_gpu):
 
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("name", CASES)
-def test_the_same_bits_and_no_waiting(ranks, on_gpu, size, name):
-    wanted = ranks.run(size, on_cpu, name)
+def test_the_same_bits_and_no_waiting(ranks, on_gpu, tmp_path, size, name):
+    wanted = ranks.run(size, on_cpu, name, tmp_path)
     for rank in range(size):
         succeeded, result = on_gpu[rank, size, name]
         assert succeeded, result

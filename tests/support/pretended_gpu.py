@@ -152,7 +152,7 @@ def _made_on_the_host(make: Any) -> Any:
     """torch.tensor, whose own copy to a device no mode sees."""
 
     def made(*args: Any, device: Any = None, pin_memory: bool = False, **kwargs: Any) -> Any:
-        tensor = make(*args, **kwargs)
+        tensor = make(*args, device=CPU, **kwargs)
         _place(tensor, False)
         return tensor if device is None else tensor.to(device)
 
@@ -240,6 +240,9 @@ class _Stream:
 
     def wait_event(self, event: _Event) -> None:
         pass
+
+    def synchronize(self) -> None:
+        _wait("Stream.synchronize")
 
 
 class _Event:
