@@ -314,8 +314,8 @@ class GradStatsExchange:
         ranks = [rank for rank, num in enumerate(nums) if num != min(nums)]
         raise RuntimeError(
             f"expected the reduced gradient of {self.name_of(number)} edited alike on every rank, got .grad "
-            f"assigned, cleared or scaled on ranks {ranks} of {len(edits)} only; do the same on each, or call "
-            f"zero_grad() on all of them"
+            f"assigned, cleared or scaled on ranks {ranks} of {len(edits)} only; do the same on each, step() "
+            f"equally often included, or call zero_grad() on all of them"
         )
 
     def _warn_of_lost_shards(self, num_exports: list[float]) -> None:
