@@ -467,5 +467,5 @@ def told_by_an_engine(group, folder):
 
 def test_what_concerns_all_ranks_is_told_by_the_first(ranks, tmp_path):
     first, *others = ranks.run(4, told_by_an_engine, str(tmp_path))
-    assert "inputs in torch.float32 are rounded" in first[0] and "no checkpoint is loaded" in first[1]
+    assert "inputs in torch.float32 are cast" in first[0] and "no checkpoint is loaded" in first[1]
     assert others == [[]] * 3

@@ -352,7 +352,7 @@ class NoHostRead(torch.utils._python_dispatch.TorchDispatchMode):
 
     READERS = ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__", "__array__")
     # They ask for the device first, or read what the host has of its own.
-    ALLOWED = ("gather", "first_ranks", "any_rank", "values_of")
+    ALLOWED = ("gather", "first_ranks", "any_rank", "values_of", "_check_ids")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name()

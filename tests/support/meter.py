@@ -68,7 +68,7 @@ class Meter(TorchDispatchMode):
         self._shared = memory.ring_bytes
         for rank, shared in memory._mapped.items():
             begin = shared.tensor(0, 1, torch.uint8).data_ptr()
-            self._known[-1 - rank] = begin, begin + shared.num_bytes
+            self._known[-1 - rank] = begin, begin + len(shared.pages) - shared._begin
 
     def _gone(self, key: int, num_bytes: int) -> None:
         del self._known[key]
