@@ -1,6 +1,5 @@
 """The checks of adam_, lion_ and sgd_ for a flat shard: its tensors, its gradients, its segments."""
 
-import functools
 import weakref
 from collections.abc import Sequence
 
@@ -231,8 +230,9 @@ def _check_ids(segment_ids: Tensor, num_segments: int) -> None:
             f"them, or pass a longer step and active"
         )
     if not segment_ids.is_inference():  # these have no version
-        gone = functools.partial(_fitting.pop, id(segment_ids), None)
-        _fitting[id(segment_ids)] = weakref.ref(segment_ids, lambda _: gone()), segment_ids._version, num_segments
+        key = id(segment_ids)
+        ref = weakref.ref(segment_ids, lambda _: _fitting.pop(key, None))
+        _fitting[key] = ref, segment_ids._version, num_segments
 
 
 def _explain(names: Sequence[str], tensors: Sequence[Tensor], num_states: int, is_aligned: bool, backend: str) -> bytes:

@@ -632,3 +632,19 @@ def test_offsets_may_be_any_sequence_of_whole_numbers(make: Callable[[list[int]]
 def test_refuses_the_state_of_no_loss_scale(given: tuple[float, int, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ops.loss_scale_state(*given)
+
+
+def test_segment_ids_that_were_right_are_read_again_once_they_or_their_segments_change() -> None:
+    ids, shard = torch.tensor([0, 1], dtype=torch.int32), [torch.zeros(128) for _ in range(4)]
+
+    def update(num_segments: int) -> None:
+        step, hyper = torch.ones(num_segments), {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.0}
+        ops.adam_(*shard, lr=0.1, **hyper, step=step, segment_ids=ids, backend="reference")
+
+    update(2)
+    with pytest.raises(ValueError, match="segment_ids from 0 to 0, for 1 segments, got 1"):
+        update(1)
+    ids[0] = 5
+    with pytest.raises(ValueError, match="segment_ids from 0 to 1, for 2 segments, got 5"):
+        update(2)
+    update(6)
