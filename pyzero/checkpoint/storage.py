@@ -34,7 +34,8 @@ from torch.futures import Future
 from torch.serialization import get_crc32_options, set_crc32_options
 
 from pyzero import memory
-from pyzero.checkpoint.files import CheckpointError, ChecksummedStream, Interrupted, Span
+from pyzero.checkpoint.checksummed_stream import ChecksummedStream
+from pyzero.checkpoint.files import CheckpointError, Interrupted, Span
 
 # torch's save() and load() call _save_state_dict and _load_state_dict. They also warn if there is only one rank, and a
 # filter for that warning would apply to all threads.

@@ -15,7 +15,7 @@ PYZERO = Path(__file__).resolve().parents[2] / "pyzero"
 LAYERS = (
     {"ops", "profiling", "streams"},
     {"memory"},
-    {"checkpoint", "checkpoint.deepspeed_files", "checkpoint.files"},
+    {"checkpoint", "checkpoint.checksummed_stream", "checkpoint.deepspeed_files", "checkpoint.files"},
     {"checkpoint.export", "comm", "comm.futex", "comm.process", "comm.root_gather", "comm.shared_pages"},
     {"comm.process_group_pool", "comm.shared_memory", "comm.wait_records"},
     {"comm.work"},
